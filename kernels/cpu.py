@@ -1,0 +1,531 @@
+"""The kernels for CPUs, compiled by numba; `reference.py` says what they compute.
+
+One walk of one query is one compiled call. Batches are cut into slices, each run by a thread without the interpreter
+lock: a query's answer never depends on its neighbours, so neither batch size nor thread count can change it. Plain
+threads instead of numba's `prange`, because that one's OpenMP layer kills forked children and its fallback aborts the
+process when two threads call it at once; both happen in servers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import numba
+import numpy as np
+from numba import carray  # type: ignore[attr-defined]
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from treemem.errors import InputError
+from treemem.kernels.reference import (
+    QUERY_STEPS,
+    TINY,
+    Masks,
+    check_at_least_1,
+    checked_chunks,
+    checked_masks,
+    checked_queries,
+    checked_terms,
+)
+from treemem.kernels.tree import LexicalIndex, ServingTree, Walked
+
+THREADS = "TREEMEM_THREADS"
+"""Environment variable: how many threads share a batch; as many as there are cores by default."""
+
+_BLOCK = 512  # rows that exact search compares with every query while they are in the cache
+_NO_KEY = np.iinfo(np.int64).max  # worse than any key
+
+# Columns of the table that describes a tree to compiled code, one line per level.
+_ROWS, _SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST = range(8)
+
+_Ints = NDArray[np.int64]
+_Ids = NDArray[np.int32]
+_Floats = NDArray[np.float32]
+_Int16s = NDArray[np.int16]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def walk(tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Masks | None = None) -> Walked:
+    """`reference.walk`, compiled."""
+    prepared = _prepare(tree)
+    queries = checked_queries(tree, queries, levels=True)
+    masks = checked_masks(tree, allowed)
+    check_at_least_1("beam", beam)
+    depth, batch = queries.shape[:2]
+    most = prepared.most_entries(depth - 1, beam)
+    nodes = np.full((depth - 1, batch, beam), -1, np.int32)
+    node_scores = np.full(nodes.shape, -np.inf, np.float32)
+    chunks = np.empty((batch, min(most, tree.sizes[-1])), np.int32)
+    chunk_scores = np.empty(chunks.shape, np.float32)
+    chunk_parents = np.empty(chunks.shape, np.int32)
+    scored = np.zeros(batch, np.int64)
+    found = np.zeros(batch, np.int64)
+    capacity = max(prepared.most_entries(level, beam) for level in range(depth))
+    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, capacity, most)
+
+    def run(start: int, end: int) -> None:
+        _walk_slice(*given, start, end, nodes, node_scores, chunks, chunk_scores, chunk_parents, scored, found)
+
+    _in_slices(run, batch, least=8)
+    width = int(found.max(initial=0))
+    return Walked(
+        nodes,
+        node_scores,
+        np.ascontiguousarray(chunks[:, :width]),
+        np.ascontiguousarray(chunk_scores[:, :width]),
+        np.ascontiguousarray(chunk_parents[:, :width]),
+        scored,
+    )
+
+
+def exact(
+    tree: ServingTree, queries: NDArray[np.float32], k: int, allowed: Masks | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """`reference.exact`, compiled."""
+    prepared = _prepare(tree)
+    queries = checked_queries(tree, queries, levels=False)
+    masks = checked_masks(tree, allowed)
+    check_at_least_1("k", k)
+    k = min(k, tree.sizes[-1])
+    line = prepared.table[-1]
+    mask = _addresses(masks, tree.depth)[-1]
+    kept: list[NDArray[np.int64]] = []  # the best keys of each slice of the rows
+
+    def scan(start: int, end: int) -> None:
+        keys = np.full((len(queries), k), _NO_KEY)
+        _exact_slice(line, _readonly(tree.first_row), mask, _readonly(queries), start, end, keys)
+        kept.append(keys)
+
+    _in_slices(scan, int(line[_ENTRIES]), least=4096)
+    keys = np.sort(np.concatenate(kept, axis=1), axis=1)[:, :k]
+    ids = np.where(keys == _NO_KEY, -1, keys & 0xFFFFFFFF).astype(np.int32)
+    ordered = ~(keys >> 32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).astype(np.int32).view(np.float32)
+    return ids, np.where(ids < 0, np.float32(-np.inf), scores)
+
+
+def score_chunks(tree: ServingTree, queries: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """`reference.score_chunks`, compiled."""
+    prepared = _prepare(tree)
+    queries = checked_queries(tree, queries, levels=False)
+    ids = checked_chunks(ids, tree.sizes[-1], (len(queries), -1))
+    scores = np.empty(ids.shape, np.float32)
+    arguments = (prepared.table[-1], _readonly(tree.first_row), _readonly(queries), _readonly(ids))
+    _in_slices(lambda start, end: _score_slice(*arguments, start, end, scores), len(queries), least=8)
+    return scores
+
+
+def bm25_all(index: LexicalIndex, terms: NDArray[np.int32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`reference.bm25_all`, compiled."""
+    return bm25_scores(index, terms, weights, np.arange(index.size, dtype=np.int32))
+
+
+def bm25_scores(
+    index: LexicalIndex, terms: NDArray[np.int32], weights: NDArray[np.float32], chunks: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """`reference.bm25_scores`, compiled."""
+    if index not in _checked:
+        index.check()
+        _checked[index] = True
+    terms, weights = checked_terms(terms, weights)
+    chunks = checked_chunks(chunks, index.size, (-1,))
+    scores = np.empty(len(chunks), np.float32)
+    stored = (_readonly(index.offsets), _readonly(index.terms), _readonly(index.counts), _readonly(index.norms))
+    asked = (_readonly(terms), _readonly(weights), _readonly(chunks))
+    _in_slices(lambda start, end: _bm25_slice(*stored, *asked, start, end, scores), len(chunks), least=16384)
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A checked tree as compiled code takes it: by address, so that one compilation serves every depth."""
+
+    table: NDArray[np.int64]
+    arrays: tuple[NDArray[Any], ...]  # keeps what the addresses point to
+
+    def most_entries(self, level: int, beam: int) -> int:
+        """How many rows a walk can meet at a level, counted from the top."""
+        line = self.table[level]
+        return int(min(min(beam, line[_PARENTS]) * line[_LARGEST], line[_ENTRIES]))
+
+
+_trees: WeakKeyDictionary[ServingTree, _Prepared] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[LexicalIndex, bool] = WeakKeyDictionary()
+
+
+def _prepare(tree: ServingTree) -> _Prepared:
+    prepared = _trees.get(tree)
+    if prepared is None:
+        tree.check()  # compiled code does not look at bounds
+        table = np.zeros((tree.depth, 8), np.int64)
+        arrays: list[NDArray[Any]] = []
+        for line, blocks, size in zip(table, tree.levels, tree.sizes, strict=True):
+            own = (blocks.rows, blocks.scales, blocks.ids, blocks.offsets)
+            arrays += own
+            line[_ROWS : _OFFSETS + 1] = [_address(array) for array in own]
+            line[_ENTRIES], line[_PARENTS], line[_SIZE] = len(blocks.ids), len(blocks.offsets) - 1, size
+            line[_LARGEST] = np.diff(blocks.offsets).max(initial=0)
+        prepared = _trees[tree] = _Prepared(table, tuple(arrays))
+    return prepared
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _addresses(masks: Masks | None, depth: int) -> NDArray[np.int64]:
+    if masks is None:
+        return np.zeros(depth, np.int64)
+    return np.array([_address(mask) for mask in masks], np.int64)
+
+
+def _readonly(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written: memory maps and arrays then share one compilation."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def _threads() -> int:
+    value = os.environ.get(THREADS)
+    if value is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"{THREADS} = {value!r}: it must be a whole number from 1")
+    return int(value)
+
+
+def _in_slices(work: Callable[[int, int], None], count: int, least: int) -> None:
+    """Call `work(start, end)` for slices of range(count), by threads where each gets at least `least`."""
+    pieces = min(_threads(), count // least) if count >= 2 * least else 1
+    if pieces == 1:
+        work(0, count)
+        return
+    bounds = [count * piece // pieces for piece in range(pieces + 1)]
+    # Made anew each time, because threads do not survive a fork; 0.1 ms beside some milliseconds of work.
+    with ThreadPoolExecutor(pieces) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def _compiled(function: _Function) -> _Function:
+    # NumPy's error model: a division that cannot fail must not be guarded by a branch.
+    return cast(_Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def _pointer(kind: Any) -> Any:
+    """A compiled function that turns an address into a pointer to `kind`."""
+
+    @intrinsic
+    def pointer(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+_int8_at, _uint8_at, _int32_at = _pointer(types.int8), _pointer(types.uint8), _pointer(types.int32)
+_int64_at, _float32_at = _pointer(types.int64), _pointer(types.float32)
+
+
+@_compiled
+def _quantise_query(query: _Floats, q16: _Int16s) -> np.float32:
+    """Write [d] float32 as int16 and return the scale."""
+    peak = np.float32(0)
+    for i in range(len(query)):
+        peak = max(peak, abs(query[i]))
+    if peak <= np.float32(TINY):
+        q16[:] = 0
+        return np.float32(0)
+    scale = peak / np.float32(QUERY_STEPS)
+    for i in range(len(query)):
+        q16[i] = np.int16(np.rint(query[i] / scale))
+    return scale
+
+
+@_compiled
+def _score_rows(line: _Ints, rows: _Ints, q16: _Int16s, q_scales: _Floats, scores: _Floats) -> None:
+    """Score a list of rows for the embeddings of one query: the hot loop.
+
+    Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
+    vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
+    vpmaddwd: 16 products with the query, added in pairs) on 256-bit and vpaddd on 512-bit registers (seen on Zen 4 in
+    the assembly of `_walk_slice`): 10 ns for 384 components in the cache. Two accumulators by hand made it slower.
+    Called once per list of rows, since a call per row cost as much as the row.
+    """
+    embeddings, dimension = q16.shape
+    matrix = carray(_int8_at(line[_ROWS]), (line[_ENTRIES], dimension))
+    scales = carray(_float32_at(line[_SCALES]), line[_ENTRIES])
+    for i in range(len(rows)):
+        row = rows[i]
+        best = np.float32(-np.inf)
+        for m in range(embeddings):
+            dot = np.int32(0)
+            for j in range(dimension):
+                dot = np.int32(dot + np.int32(matrix[row, j]) * np.int32(q16[m, j]))
+            best = max(best, q_scales[m] * scales[row] * np.float32(dot))
+        scores[i] = best + np.float32(0)
+
+
+@_compiled
+def _key(score: np.float32, element: np.int32) -> np.int64:
+    """Score and id as one int64 whose rising order is the order of results: higher scores first, then smaller ids."""
+    bits = np.int64(np.float32(score).view(np.int32))
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # rises with the score, as a signed number
+    return (~ordered << 32) | np.int64(element)
+
+
+@_compiled
+def _score_of(key: np.int64) -> np.float32:
+    ordered = ~(key >> 32)
+    return np.int32(ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@_compiled
+def _sink(heap: _Ints, place: int, size: int) -> None:
+    """Move a key of a heap, largest first, down to where it belongs."""
+    key = heap[place]
+    child = 2 * place + 1
+    while child < size:
+        if child + 1 < size and heap[child + 1] > heap[child]:
+            child += 1
+        if heap[child] <= key:
+            break
+        heap[place] = heap[child]
+        place, child = child, 2 * child + 1
+    heap[place] = key
+
+
+@_compiled
+def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
+    """Put the smallest of `count` keys into `heap` in rising order; return how many."""
+    size = min(count, len(heap))
+    heap[:size] = keys[:size]
+    for place in range(size // 2 - 1, -1, -1):
+        _sink(heap, place, size)
+    for i in range(size, count):
+        if keys[i] < heap[0]:
+            heap[0] = keys[i]
+            _sink(heap, 0, size)
+    for end in range(size - 1, 0, -1):
+        heap[0], heap[end] = heap[end], heap[0]
+        _sink(heap, 0, end)
+    return size
+
+
+@_compiled
+def _radix_sort(keys: _Ints, owners: _Ids, spare_keys: _Ints, spare_owners: _Ids, count: int) -> tuple[_Ints, _Ids]:
+    """Sort keys, rising, and their owners with them, byte by byte; bytes that are equal in all keys cost one look."""
+    starts = np.empty(256, np.int64)
+    for byte in range(8):
+        shift = 8 * byte
+        flip = 0x80 if byte == 7 else 0  # signed numbers: negative ones come first
+        starts[:] = 0
+        for i in range(count):
+            starts[((keys[i] >> shift) & 0xFF) ^ flip] += 1
+        if count == 0 or starts[((keys[0] >> shift) & 0xFF) ^ flip] == count:
+            continue
+        total = 0
+        for digit in range(256):
+            starts[digit], total = total, total + starts[digit]
+        for i in range(count):
+            digit = ((keys[i] >> shift) & 0xFF) ^ flip
+            place = starts[digit]
+            starts[digit] = place + 1
+            spare_keys[place], spare_owners[place] = keys[i], owners[i]
+        keys, spare_keys = spare_keys, keys
+        owners, spare_owners = spare_owners, owners
+    return keys, owners
+
+
+@_compiled
+def _is_new(table: _Ids, element: np.int32) -> bool:
+    """Enter an element into an open-addressing table (a power of two long, -1 = free); False if it stood there."""
+    last = len(table) - 1
+    slot = (np.int64(element) * 2654435761 >> 12) & last
+    while table[slot] != -1:
+        if table[slot] == element:
+            return False
+        slot = (slot + 1) & last
+    table[slot] = element
+    return True
+
+
+@_compiled
+def _collect(line: _Ints, mask_address: int, frontier: _Ids, table: _Ids, rows: _Ints, owners: _Ids) -> int:
+    """List the rows below the frontier in its order, with the parent of each; return how many.
+
+    `table`: for dropping repeated elements; empty where every element stands once.
+    """
+    ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
+    mask = carray(_uint8_at(mask_address), line[_SIZE])
+    table[:] = -1
+    count = 0
+    for parent in frontier:
+        for row in range(offsets[parent], offsets[parent + 1]):
+            element = ids[row]
+            if mask_address != 0 and mask[element] == 0:
+                continue
+            if len(table) > 0 and not _is_new(table, element):
+                continue
+            rows[count], owners[count] = row, parent
+            count += 1
+    return count
+
+
+@_compiled
+def _walk_slice(
+    levels: _Ints,
+    masks: _Ints,
+    queries: _Floats,
+    beam: int,
+    capacity: int,
+    most: int,
+    first: int,
+    last: int,
+    nodes: _Ids,
+    node_scores: _Floats,
+    chunks: _Ids,
+    chunk_scores: _Floats,
+    chunk_parents: _Ids,
+    scored: _Ints,
+    found: _Ints,
+) -> None:
+    """Walk the queries `first` to `last`; all memory that they need is taken here, once."""
+    depth, _, embeddings, dimension = queries.shape
+    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
+    rows, keys, spare_keys = np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int64)
+    owners, spare_owners = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    scores, heap, frontier = np.empty(capacity, np.float32), np.empty(beam, np.int64), np.zeros(beam, np.int32)
+    slots = 1
+    while slots < 2 * most:
+        slots *= 2
+    table = np.empty(slots, np.int32)
+    for b in range(first, last):
+        frontier[0] = 0
+        width = 1
+        for level in range(depth):
+            line = levels[level]
+            for m in range(embeddings):
+                q_scales[m] = _quantise_query(queries[level, b, m], q16[m])
+            at_chunks = level == depth - 1
+            used = table if at_chunks else table[:0]
+            count = _collect(line, masks[level], frontier[:width], used, rows, owners)
+            _score_rows(line, rows[:count], q16, q_scales, scores)
+            ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+            for i in range(count):
+                keys[i] = _key(scores[i], ids[rows[i]])
+            scored[b] += count
+            if not at_chunks:
+                width = _keep_best(keys, count, heap)
+                for i in range(width):
+                    frontier[i] = heap[i] & 0xFFFFFFFF
+                    nodes[level, b, i], node_scores[level, b, i] = frontier[i], _score_of(heap[i])
+        ranked, parents = _radix_sort(keys, owners, spare_keys, spare_owners, count)
+        found[b] = count
+        for i in range(count):
+            chunks[b, i], chunk_scores[b, i] = ranked[i] & 0xFFFFFFFF, _score_of(ranked[i])
+            chunk_parents[b, i] = parents[i] if depth > 1 else -1
+        chunks[b, count:] = -1
+        chunk_scores[b, count:] = -np.inf
+        chunk_parents[b, count:] = -1
+
+
+@_compiled
+def _exact_slice(
+    line: _Ints, first_row: _Ints, mask_address: int, queries: _Floats, first: int, last: int, heaps: _Ints
+) -> None:
+    """Compare the chunks whose first row is in `first` to `last` with all queries; keep each query's smallest keys.
+
+    Rows are read in the order in which they lie. `heaps`: [B, k], full of worst keys.
+    """
+    batch, embeddings, dimension = queries.shape
+    ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    mask = carray(_uint8_at(mask_address), line[_SIZE])
+    q16, q_scales = np.empty((batch, embeddings, dimension), np.int16), np.empty((batch, embeddings), np.float32)
+    for b in range(batch):
+        for m in range(embeddings):
+            q_scales[b, m] = _quantise_query(queries[b, m], q16[b, m])
+    if heaps.shape[1] == 0:
+        return
+    rows, scores = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.float32)
+    start = first
+    while start < last:
+        count = 0
+        while start < last and count < _BLOCK:
+            element = ids[start]
+            if first_row[element] == start and (mask_address == 0 or mask[element] != 0):
+                rows[count] = start
+                count += 1
+            start += 1
+        for b in range(batch):
+            heap = heaps[b]
+            _score_rows(line, rows[:count], q16[b], q_scales[b], scores)
+            for i in range(count):
+                key = _key(scores[i], ids[rows[i]])
+                if key < heap[0]:
+                    heap[0] = key
+                    _sink(heap, 0, len(heap))
+
+
+@_compiled
+def _score_slice(
+    line: _Ints, first_row: _Ints, queries: _Floats, ids: _Ids, first: int, last: int, scores: _Floats
+) -> None:
+    """Score the given chunks of the queries `first` to `last`."""
+    _, embeddings, dimension = queries.shape
+    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
+    rows, places = np.empty(ids.shape[1], np.int64), np.empty(ids.shape[1], np.int64)
+    dense = np.empty(ids.shape[1], np.float32)
+    for b in range(first, last):
+        for m in range(embeddings):
+            q_scales[m] = _quantise_query(queries[b, m], q16[m])
+        count = 0
+        for i in range(ids.shape[1]):
+            if ids[b, i] >= 0:
+                rows[count], places[count] = first_row[ids[b, i]], i
+                count += 1
+        _score_rows(line, rows[:count], q16, q_scales, dense)
+        scores[b] = -np.inf
+        for i in range(count):
+            scores[b, places[i]] = dense[i]
+
+
+@_compiled
+def _bm25_slice(
+    offsets: _Ints,
+    terms: _Ids,
+    counts: NDArray[np.uint8] | NDArray[np.uint16],
+    norms: _Floats,
+    query: _Ids,
+    weights: _Floats,
+    chunks: _Ids,
+    first: int,
+    last: int,
+    scores: _Floats,
+) -> None:
+    """Score the chunks `chunks[first:last]`; each query term is looked up by bisection."""
+    for i in range(first, last):
+        total = np.float32(0)
+        chunk = chunks[i]
+        for t in range(len(query) if chunk >= 0 else 0):
+            low, end = offsets[chunk], offsets[chunk + 1]
+            high = end
+            while low < high:
+                middle = (low + high) >> 1
+                if terms[middle] < query[t]:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low < end and terms[low] == query[t]:
+                count = np.float32(counts[low])
+                total += weights[t] * (count / (count + norms[chunk]))
+        scores[i] = total

@@ -1,0 +1,54 @@
+"""What all tests share: no network, shapes checked at every call, and where the larger data sets are."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a model library: tests use the packaged models and never ask a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import jaxtyping
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def modules_with_checkable_functions() -> list[str]:
+    """Every module of treemem but those that numba compiles: it cannot see through the checking wrapper."""
+    names = []
+    for folder, _, files in os.walk(ROOT / "src" / "treemem", followlinks=True):
+        for file in files:
+            path = Path(folder, file)
+            # Packages are left out since the hook would take all that lies below them.
+            if path.suffix != ".py" or file == "__init__.py":
+                continue
+            if not re.search(r"^\s*(import|from) numba\b", path.read_text("utf-8"), re.MULTILINE):
+                names.append(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+    return names
+
+
+# Types and shapes of every call in the tests are checked against the signatures.
+jaxtyping.install_import_hook(modules_with_checkable_functions(), "beartype.beartype")
+
+# Examples are the same on every run and machine; a slow machine is no failure.
+hypothesis.settings.register_profile("treemem", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("treemem")
+
+
+@pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that hand over a wrong type on purpose, to see what treemem itself says to it."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets, $TREEMEM_DATA or ../shared/data; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("TREEMEM_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets, which are not in {folder}; set TREEMEM_DATA to their folder")
+    return folder

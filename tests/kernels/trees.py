@@ -1,0 +1,74 @@
+"""Random trees, queries, masks and lexical indexes for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treemem.kernels import LevelBlocks, LexicalIndex, Masks, ServingTree, first_rows, quantise
+
+
+def random_tree(
+    generator: np.random.Generator,
+    chunks: int,
+    *,
+    dimension: int = 16,
+    fanout: int = 4,
+    spill: int = 2,
+    twins: float = 0.0,
+) -> ServingTree:
+    """A tree of random shape: uneven and empty blocks, children in any order.
+
+    `twins`: share of the elements of each level that have the vector of another one, so that scores tie.
+    """
+    sizes = [chunks]
+    while sizes[0] > 2 * fanout:
+        sizes.insert(0, max(2, -(-sizes[0] * (spill if len(sizes) == 1 else 1) // fanout)))
+    parents = [1, *sizes[:-1]]
+    copies = [1] * (len(sizes) - 1) + [min(spill, parents[-1])]
+    levels = [_random_level(generator, *shape, dimension, twins) for shape in zip(parents, sizes, copies, strict=True)]
+    return ServingTree(tuple(levels), tuple(sizes), first_rows(levels[-1].ids, chunks))
+
+
+def _random_level(
+    generator: np.random.Generator, parents: int, size: int, copies: int, dimension: int, twins: float
+) -> LevelBlocks:
+    vectors = generator.standard_normal((size, dimension))
+    if size:
+        twin = generator.random(size) < twins
+        vectors[twin] = vectors[generator.integers(0, size, twin.sum())]
+    rows, scales = quantise((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
+    homes = [generator.choice(parents, copies, replace=False) for _ in range(size)]
+    below: list[list[int]] = [[] for _ in range(parents)]
+    for element in generator.permutation(size):
+        for home in homes[element]:
+            below[home].append(int(element))
+    ids = np.array([element for block in below for element in block], np.int32)
+    offsets = np.cumsum([0, *map(len, below)], dtype=np.int64)
+    return LevelBlocks(rows[ids], scales[ids], ids, offsets)
+
+
+def random_queries(
+    generator: np.random.Generator, tree: ServingTree, batch: int, embeddings: int = 1
+) -> NDArray[np.float32]:
+    """Queries for a walk, float32 [depth, batch, embeddings, d]; one level of them serves exact search."""
+    return generator.standard_normal((tree.depth, batch, embeddings, tree.dimension)).astype(np.float32)
+
+
+def random_masks(generator: np.random.Generator, tree: ServingTree, kept: float) -> Masks:
+    """Masks that allow about the share `kept` of each level."""
+    return tuple((generator.random(size) < kept).astype(np.uint8) for size in tree.sizes)
+
+
+def random_index(generator: np.random.Generator, chunks: int, *, vocabulary: int = 40) -> LexicalIndex:
+    """A lexical index of chunks with up to 12 terms each, some with none."""
+    terms = [np.sort(generator.choice(vocabulary, generator.integers(0, 13), replace=False)) for _ in range(chunks)]
+    offsets = np.cumsum([0, *map(len, terms)], dtype=np.int64)
+    entries = int(offsets[-1])
+    counts = generator.integers(1, 300, entries)
+    norms = (0.3 + 2 * generator.random(chunks)).astype(np.float32)
+    all_terms = np.concatenate([np.zeros(0), *terms]).astype(np.int32)
+    wide = bool(generator.integers(2))
+    return LexicalIndex(
+        offsets, all_terms, counts.astype(np.uint16) if wide else counts.clip(1, 255).astype(np.uint8), norms
+    )
