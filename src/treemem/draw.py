@@ -1,0 +1,73 @@
+"""Pictures of a walk; needs matplotlib, which the extra `notebooks` brings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treemem.errors import InputError, MissingPackage
+from treemem.kernels import ServingTree
+from treemem.types import SearchResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from treemem.hierarchy.memory import Memory
+
+
+def positions(tree: ServingTree) -> list[np.ndarray]:
+    """Where each element stands from left (0) to right (1), so that children stand below their parents; top first."""
+    order = np.arange(1)
+    out = []
+    for blocks, size in zip(tree.levels, tree.sizes, strict=True):
+        children = [blocks.ids[blocks.offsets[node] : blocks.offsets[node + 1]] for node in order]
+        met = np.concatenate(children) if children else np.empty(0, np.int32)
+        first = np.sort(np.unique(met, return_index=True)[1])  # a chunk under two nodes stands below the first
+        order = met[first]
+        places = np.empty(size)
+        places[order] = (np.arange(size) + 0.5) / max(1, size)
+        out.append(places)
+    return out
+
+
+def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) -> Axes:
+    """Draw which nodes of each level a walk kept, and the ways to its best hits.
+
+    Args:
+        memory: what was searched.
+        result: of a search in mode `walk`, `hybrid` or `deep`.
+        axes: where to draw; a new figure if none are given.
+
+    Raises:
+        InputError: no walk was made for this result.
+        MissingPackage: matplotlib is not installed.
+    """
+    if not result.gathered:
+        raise InputError("this result has no walk to draw; search in mode walk, hybrid or deep")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingPackage("drawing needs matplotlib; run: pip install matplotlib") from error
+    axes = axes or plt.subplots(figsize=(10, 1 + 1.1 * memory.image.tree.depth))[1]
+    places = positions(memory.image.tree)
+    depth = len(places)
+    for row, level in enumerate(result.gathered):
+        height = depth - row
+        axes.scatter(places[row], np.full(len(places[row]), height), s=6, color="0.85", zorder=1)
+        kept = [node.node for node in level.nodes]
+        # The best is drawn last, on top of the others.
+        scores = np.array([node.score for node in level.nodes])
+        ranks = np.linspace(1, 0.25, max(1, len(scores)))[: len(scores)]
+        shown = axes.scatter(
+            places[row][kept][::-1], np.full(len(kept), height), s=28, c=ranks[::-1], cmap="viridis", vmin=0, vmax=1, zorder=3
+        )
+        shown.set_edgecolor("white")
+        axes.text(1.01, height, f"level {level.level}: kept {len(kept)} of {level.size:,}", va="center", fontsize=9)
+    for number, hit in enumerate(result.hits[:5]):
+        way = [(places[depth - step.level][step.node], step.level) for step in hit.path]
+        axes.plot(*zip(*way, strict=True), color="tab:red", alpha=1 - 0.17 * number, linewidth=1.2, zorder=2)
+    axes.set_title(f"“{result.query}”  ({result.scored:,} of {memory.image.chunks:,} vectors scored)", fontsize=11)
+    axes.set_xlim(-0.01, 1.26)
+    axes.axis("off")
+    return axes
