@@ -16,7 +16,19 @@ from treemem.config import TreeConfig
 from treemem.draw import draw_walk
 from treemem.hierarchy.readers import standard_library
 
-MODULES = ("bisect", "collections", "csv", "decimal", "functools", "heapq", "json", "pathlib", "random", "statistics", "zipfile")
+MODULES = (
+    "bisect",
+    "collections",
+    "csv",
+    "decimal",
+    "functools",
+    "heapq",
+    "json",
+    "pathlib",
+    "random",
+    "statistics",
+    "zipfile",
+)
 
 
 def main() -> None:

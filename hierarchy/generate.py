@@ -65,6 +65,8 @@ class LanguageModel(Protocol):
     """Most tokens of prompt and reply together."""
     control_markers: tuple[str, ...]
     """Strings that it would read as control tokens."""
+    small: bool
+    """Whether it is too small to follow instructions well: it is then shown examples instead."""
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text`, or a cautious estimate."""
@@ -311,8 +313,8 @@ class LocalModel:
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
         self.context_tokens = context_tokens or getattr(config, "max_position_embeddings", None) or 2048
-        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL_PARAMETERS
-        self.decoding = decoding or (SMALL_MODEL_DECODING if small else Decoding())
+        self.small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL_PARAMETERS
+        self.decoding = decoding or (SMALL_MODEL_DECODING if self.small else Decoding())
         control = _control_tokens(tokenizer)
         self.control_markers = tuple(dict.fromkeys([*WELL_KNOWN_MARKERS, *control]))
         # Characters that a tokenizer does not know become its unknown token, which controls nothing.
@@ -565,6 +567,7 @@ class EndpointModel:
         self.name = name
         self.context_tokens = context_tokens
         self.control_markers = WELL_KNOWN_MARKERS
+        self.small = False  # an endpoint does not tell; those who run one run larger models
         self._timeout = timeout
         self._url = _chat_url(url)
         self._headers: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -158,6 +158,22 @@ _UNKNOWN = PromptExample(
 )
 
 
+_SHORT_EXAMPLES = (
+    replace(_RIVER, reply="212 km [1]"),
+    replace(_BAKER, reply="because there was no flour to be had [2]"),
+    PromptExample(
+        question="Where did the miller hide the key?",
+        passages=(
+            "The mill: The miller trusted nobody.",
+            "The mill: Every evening he hid the key under the third stone of the bridge.",
+            "Norland: Norland has four mills.",
+        ),
+        reply="under the third stone of the bridge [2]",
+    ),
+)
+"""Small models copy the manner of examples better than they follow instructions."""
+
+
 @dataclass(frozen=True)
 class PromptStyle:
     """One way of asking, to be chosen by measurement."""
@@ -187,6 +203,17 @@ PROMPTS: dict[str, PromptStyle] = {
     "twice": PromptStyle(_SYSTEM, _SHORT, question_first=True, passages=4),
     "example": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER,)),
     "examples": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER, _UNKNOWN, _BAKER)),
+    "short": PromptStyle(
+        "Answer the question with a short phrase from the passages and the number of its passage.",
+        map_labels=0,
+        passages=4,
+        examples=_SHORT_EXAMPLES,
+    ),
+    "short with map": PromptStyle(
+        "Answer the question with a short phrase from the passages and the number of its passage.",
+        passages=4,
+        examples=_SHORT_EXAMPLES,
+    ),
     "brief": PromptStyle(
         "Read the text and answer the question with a short phrase from the text.", map_labels=0, passages=3
     ),

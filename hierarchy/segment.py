@@ -27,7 +27,7 @@ class Segment:
 
 
 def pieces(text: str, longest: int = PIECE_CHARACTERS) -> Iterator[Span]:
-    """Spans that cover `text` in order, each at most `longest` characters, cut at a paragraph, line or word if possible."""
+    """Spans that cover `text`, in order, each of at most `longest` characters, cut at a paragraph, line or word."""
     start = 0
     while len(text) - start > longest:
         limit = start + longest

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from treemem.hierarchy.embed import Encoder
+    from treemem.hierarchy.memory import Memory
+
 # Before anything imports a model library: tests use the packaged models and never ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# And threads that wait for each other sleep meanwhile: else tests on a busy machine take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import jaxtyping
@@ -31,8 +38,10 @@ def modules_with_checkable_functions() -> list[str]:
     return names
 
 
-# Types and shapes of every call in the tests are checked against the signatures.
-jaxtyping.install_import_hook(modules_with_checkable_functions(), "beartype.beartype")
+# Types and shapes of every call in the tests are checked against the signatures; an int passes for a float, as it does
+# for every other type checker.
+TYPE_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook(modules_with_checkable_functions(), TYPE_CHECKER)
 
 # Examples are the same on every run and machine; a slow machine is no failure.
 hypothesis.settings.register_profile("treemem", deadline=None, derandomize=True, print_blob=True)
@@ -52,3 +61,31 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data sets, which are not in {folder}; set TREEMEM_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Encoder:
+    """The packaged encoder, loaded once."""
+    from treemem.hierarchy.embed import load_encoder
+
+    return load_encoder()
+
+
+@pytest.fixture(scope="session")
+def small_memory_path(tmp_path_factory: pytest.TempPathFactory, minilm: Encoder) -> Path:
+    """Where the small memory lies. Copy it before changing anything in it."""
+    from tests.small import CONFIG, documents
+
+    from treemem.hierarchy.memory import Memory
+
+    path = tmp_path_factory.mktemp("small") / "small.memory"
+    Memory.build(documents(), path, encoder=minilm, config=CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_memory(small_memory_path: Path, minilm: Encoder) -> Memory:
+    """A memory of `tests.small.documents()`, some two hundred chunks in four levels. Read-only."""
+    from treemem.hierarchy.memory import Memory
+
+    return Memory.open(small_memory_path, encoder=minilm)

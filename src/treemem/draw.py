@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def positions(tree: ServingTree) -> list[np.ndarray]:
     """Where each element stands from left (0) to right (1), so that children stand below their parents; top first."""
-    order = np.arange(1)
+    order: np.ndarray = np.arange(1)
     out = []
     for blocks, size in zip(tree.levels, tree.sizes, strict=True):
         children = [blocks.ids[blocks.offsets[node] : blocks.offsets[node + 1]] for node in order]
@@ -57,12 +57,10 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
         axes.scatter(places[row], np.full(len(places[row]), height), s=6, color="0.85", zorder=1)
         kept = [node.node for node in level.nodes]
         # The best is drawn last, on top of the others.
-        scores = np.array([node.score for node in level.nodes])
-        ranks = np.linspace(1, 0.25, max(1, len(scores)))[: len(scores)]
-        shown = axes.scatter(
-            places[row][kept][::-1], np.full(len(kept), height), s=28, c=ranks[::-1], cmap="viridis", vmin=0, vmax=1, zorder=3
-        )
-        shown.set_edgecolor("white")
+        ranks = np.linspace(1, 0.25, len(kept))
+        at = places[row][kept][::-1]
+        dots = axes.scatter(at, np.full(len(at), height), s=28, c=ranks[::-1], cmap="viridis", vmin=0, vmax=1, zorder=3)
+        dots.set_edgecolor("white")
         axes.text(1.01, height, f"level {level.level}: kept {len(kept)} of {level.size:,}", va="center", fontsize=9)
     for number, hit in enumerate(result.hits[:5]):
         way = [(places[depth - step.level][step.node], step.level) for step in hit.path]

@@ -1,0 +1,101 @@
+"""What all benchmarks share: where results go, and what they say of the machine that made them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = (
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "numpy",
+    "numba",
+    "zarr",
+    "icechunk",
+    "tantivy",
+    "faiss-cpu",
+)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("TREEMEM_DATA", ROOT.parent / "shared" / "data"))
+    )
+    parser.add_argument("--memories", type=Path, default=Path("memories"), help="folder of memories, one per data set")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    """The machine, the versions and the commit."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def save(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write figures with the command that made them, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    # The options that name places on a machine are left out: they say nothing about the figures.
+    options = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
+    document = {
+        "command": f"benchmarks/{Path(sys.argv[0]).name}",
+        "options": options,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        **figures,
+    }
+    path = RESULTS / f"{name}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(document, indent=1) + "\n")
+    path.with_suffix(".tmp").rename(path)
+    print(f"written: {path.relative_to(ROOT)}")
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50 and p95 in milliseconds."""
+    return {
+        "ms_p50": round(float(np.percentile(seconds, 50)) * 1e3, 4),
+        "ms_p95": round(float(np.percentile(seconds, 95)) * 1e3, 4),
+    }
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process in GB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)

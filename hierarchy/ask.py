@@ -1,0 +1,146 @@
+"""Asking: search, passages, prompt, reply, and the check that the passages bear it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from treemem.config import SearchConfig
+from treemem.hierarchy.context import labelled, passages
+from treemem.hierarchy.generate import LanguageModel
+from treemem.hierarchy.prompt import (
+    REFUSAL,
+    Message,
+    build_prompt,
+    cite,
+    extractive_answer,
+    is_grounded,
+    is_refusal,
+)
+from treemem.types import Answer, Context
+
+if TYPE_CHECKING:
+    from treemem.hierarchy.memory import Memory
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """How a question is answered. The values are for models that follow instructions, and for quoting."""
+
+    prompt: str = "map"
+    """Name of the prompt: see `treemem.hierarchy.prompt.PROMPTS`."""
+    passage_tokens: int = 900
+    """What all passages together may take of the model's context."""
+    neighbours: int = 1
+    """How many chunks before and after a hit are shown with it."""
+    labels: int = 5
+    """How many nodes of each level get a label."""
+    max_tokens: int = 160
+    """Longest reply."""
+    threshold: float = 1.7
+    """Least score of the best hit in mode `deep`; below it the memory does not hold the answer. Measured for the
+    default encoder by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 75% of foreign ones."""
+    quotes: int = 2
+    """How many sentences an extractive answer quotes."""
+
+
+SMALL_MODEL = AskConfig(prompt="short", passage_tokens=500, neighbours=0, max_tokens=64)
+"""For models under a billion parameters: few passages, examples in place of instructions (`benchmarks/prompts.py`)."""
+
+
+def config_for(model: LanguageModel | None) -> AskConfig:
+    """The settings that suit a model."""
+    return SMALL_MODEL if model is not None and model.small else AskConfig()
+
+
+def ask(
+    memory: Memory,
+    question: str,
+    model: LanguageModel | None,
+    search: SearchConfig,
+    config: AskConfig,
+    within: Iterable[str] | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answer a question from a memory.
+
+    Args:
+        memory: what is asked.
+        question: any text.
+        model: None answers with the passages' best sentences, quoted.
+        search: how passages are found.
+        config: how they are shown.
+        within: ids of the documents to look in.
+        on_text: is given the model's reply piece by piece as it comes, before it is checked.
+
+    Raises ModelError where the model fails.
+    """
+    _ = memory.searcher  # the encoder is loaded before the clock starts
+    clock = _Clock()
+    result = memory.search_many([question], search, within=within)[0]
+    question = result.query  # as tokenizers take it
+    clock.lap("search")
+    if not result.hits or (search.mode == "deep" and result.hits[0].score < config.threshold):
+        return Answer(REFUSAL, (), Context(result.gathered, ()), True, False, False, clock.laps)
+    count = model.count_tokens if model else lambda text: len(text) // 4
+    found = passages(memory.image, result.hits, count, config.passage_tokens, config.neighbours)
+    context = Context(labelled(memory.image, result.gathered, config.labels), found)
+    clock.lap("context")
+    if model is None:
+        return _quoted(memory, question, context, config, clock)
+    budget = model.context_tokens - config.max_tokens
+    prompt = build_prompt(
+        question, context.levels, found, model.count_tokens, budget, style=config.prompt, markers=model.control_markers
+    )
+    context = Context(context.levels, prompt.context.passages)
+    reply = _generate(model, prompt.messages, config.max_tokens, on_text, clock)
+    if is_refusal(reply):
+        return Answer(REFUSAL, (), context, True, False, False, clock.laps)
+    if not is_grounded(reply, question, context.passages):
+        return _quoted(memory, question, context, config, clock)
+    text, citations = cite(reply, context.passages)
+    clock.lap("cite")
+    return Answer(text, citations, context, True, False, True, clock.laps)
+
+
+class _Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _generate(
+    model: LanguageModel,
+    messages: Sequence[Message],
+    max_tokens: int,
+    on_text: Callable[[str], None] | None,
+    clock: _Clock,
+) -> str:
+    begin = time.perf_counter()
+    pieces: list[str] = []
+    for piece in model.stream(messages, max_tokens):
+        if not pieces:
+            clock.laps["first_token"] = time.perf_counter() - begin
+        pieces.append(piece)
+        if on_text is not None:
+            on_text(piece)
+    clock.lap("generate")
+    return "".join(pieces)
+
+
+def _quoted(memory: Memory, question: str, context: Context, config: AskConfig, clock: _Clock) -> Answer:
+    """The passages' best sentences: what is said without a model, and instead of a reply that nothing bears."""
+    text, citations = extractive_answer(
+        question, context.passages, lambda texts: memory.encoder.encode(texts, precise=True), config.quotes
+    )
+    clock.lap("quote")
+    return Answer(text, citations, context, True, True, bool(citations), clock.laps)

@@ -1,0 +1,234 @@
+"""Builds a memory from a stream of documents, committing as it goes, so that a killed build continues."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from treemem.config import TreeConfig
+from treemem.errors import EncoderMismatch, InputError, StoreError
+from treemem.hierarchy.embed import Encoder
+from treemem.hierarchy.grow import grow
+from treemem.hierarchy.segment import cut
+from treemem.storage.files import is_work, work_folder
+from treemem.storage.image import build_image, image_folder
+from treemem.storage.levels import contextual, document_runs
+from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
+from treemem.types import Document, Progress, no_progress
+
+COMMIT_CHUNKS = 4096
+"""Documents are encoded and committed together once they have this many chunks, …"""
+COMMIT_CHARACTERS = 16_000_000
+"""… or this much text."""
+ENCODE_CHUNKS = 512
+"""Chunks that are encoded between two reports of progress."""
+CONTEXT_ROWS = 16_384
+"""Chunks whose contextual vectors are computed at once."""
+_LOCK = "build.lock"
+
+
+def build(
+    path: Path,
+    documents: Iterable[Document],
+    encoder: Encoder,
+    config: TreeConfig,
+    progress: Progress = no_progress,
+) -> None:
+    """Build a memory, or continue a build that was interrupted.
+
+    Args:
+        path: where the memory is to lie.
+        documents: read once, in order; a continued build must be given the same documents in the same order.
+        encoder: encoder 1.
+        config: how the tree is built.
+        progress: told about chunks encoded (of those cut so far), levels grown and the image written.
+
+    Raises:
+        StoreError: a whole memory is there already, or another process is building it.
+        InputError: a document cannot be stored or its id stood before; a continued build is given other documents or
+            another configuration.
+        EncoderMismatch: a continued build is given another encoder.
+        ModelError: the encoder gives NaN or infinity.
+        OutOfSpace: the disk is full; the same build again continues.
+    """
+    if config.chunk_tokens > encoder.longest:
+        raise InputError(f"chunk_tokens = {config.chunk_tokens}: encoder {encoder.name!r} takes {encoder.longest}")
+    _require_free(path)
+    with _alone(path):
+        store = _open_or_create(path, encoder, config)
+        remaining = _skip_stored(store, _checked(documents))
+        if store.finished:
+            _only_image(store, remaining, config, progress)
+            return
+        _encode(store, remaining, encoder, config, progress)
+        _finish(store, config, progress)
+
+
+def _require_free(path: Path) -> None:
+    """Refuse a path where something else lies; what an interrupted build left there is none of that."""
+    if Store.exists(path):
+        return
+    with guard(path):
+        other = path.exists() and (
+            not path.is_dir() or any(not is_work(inside) and inside.name != _LOCK for inside in path.iterdir())
+        )
+    if other:
+        raise StoreError(f"{path}: there is something else at this path; choose another")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the memory's build lock, which the system takes back from a process that is killed."""
+    with guard(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StoreError(f"{path}: another process is building this memory; wait for it or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig) -> Store:
+    if not Store.exists(path):
+        return Store.create(path, config, asdict(encoder.info))
+    store = Store.open(path)
+    info = store.info()
+    if store.finished and image_folder(store, info.snapshot).exists():
+        raise StoreError(f"{path}: a memory is there already; choose another path or remove it first")
+    check_encoder(path, info.encoder, encoder)
+    if info.config != config:
+        raise InputError(f"{path}: its interrupted build has other settings; use {info.config} or another path")
+    store.remove_leftovers()
+    return store
+
+
+def check_encoder(path: Path, recorded: dict[str, object], encoder: Encoder) -> None:
+    """Raise EncoderMismatch unless a memory was made with this encoder."""
+    if recorded["weights"] != encoder.info.weights or recorded["dimension"] != encoder.info.dimension:
+        raise EncoderMismatch(
+            f"{path}: made with encoder {recorded['name']!r} (weights {recorded['weights']}), "
+            f"given {encoder.name!r} (weights {encoder.info.weights}); use the first or build a new memory"
+        )
+
+
+def _checked(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents, each looked at before anything is done with it."""
+    seen: set[bytes] = set()
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, Document):
+            raise InputError(f"document {number}: it is of type {type(document).__name__}, not treemem.Document")
+        if not (isinstance(document.id, str) and isinstance(document.text, str) and isinstance(document.title, str)):
+            raise InputError(f"document {number} ({document.id!r}): its id, title and text must be strings")
+        document_record(document)
+        if not storable(document.text):
+            raise InputError(
+                f"document {document.id!r}: its text has half a character (a lone surrogate), which no file can hold; "
+                "replace it: text.encode('utf-8', 'replace').decode()"
+            )
+        # A digest takes less room than an id, and there may be millions.
+        digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
+        if digest in seen:
+            raise InputError(f"document {document.id!r}: given twice; ids must differ")
+        seen.add(digest)
+        yield document
+
+
+def _skip_stored(store: Store, documents: Iterator[Document]) -> Iterator[Document]:
+    """Pass over the documents that are committed already, checking that they are the same."""
+    for number, expected in enumerate(store.read("documents/hashes")):
+        document = next(documents, None)
+        if document is None or document_hash(document) != expected.tobytes():
+            what = "is missing" if document is None else f"({document.id!r}) differs"
+            raise InputError(
+                f"{store.path}: the interrupted build cannot be continued: document {number + 1} {what}; "
+                "give the same documents, or remove this folder and build again"
+            )
+    return documents
+
+
+def _only_image(store: Store, remaining: Iterator[Document], config: TreeConfig, progress: Progress) -> None:
+    """What is left of a build that was interrupted while it wrote the serving image."""
+    if next(remaining, None) is not None:
+        raise StoreError(f"{store.path}: a memory is there already; choose another path or remove it first")
+    write_image(store, config, progress)
+
+
+def _encode(
+    store: Store, documents: Iterator[Document], encoder: Encoder, config: TreeConfig, progress: Progress
+) -> None:
+    """Cut, encode and commit documents, batch by batch."""
+    done = store.info().chunks
+    progress("encoding", done, None)
+    for batch in _batches(documents, encoder, config):
+        encodings = np.empty((sum(len(new.spans) for new in batch), encoder.dimension), np.float32)
+        texts = [new.document.text[a:b] for new in batch for a, b in new.spans]
+        for start in range(0, len(texts), ENCODE_CHUNKS):
+            part = texts[start : start + ENCODE_CHUNKS]
+            encodings[start : start + len(part)] = encoder.encode(part)
+            progress("encoding", done + start + len(part), done + len(texts))
+        done += len(texts)
+        store.append(batch, encodings)
+
+
+def _batches(documents: Iterator[Document], encoder: Encoder, config: TreeConfig) -> Iterator[list[NewDocument]]:
+    """Cut documents and put them together until a batch is worth a commit. Depends on the documents alone."""
+    batch: list[NewDocument] = []
+    chunks = characters = 0
+    for document in documents:
+        spans = cut(document.text, encoder.token_spans, config.chunk_tokens, config.language)
+        batch.append(NewDocument(document, spans))
+        chunks += len(spans)
+        characters += len(document.text)
+        if chunks >= COMMIT_CHUNKS or characters >= COMMIT_CHARACTERS:
+            yield batch
+            batch, chunks, characters = [], 0, 0
+    if batch:
+        yield batch
+
+
+def _finish(store: Store, config: TreeConfig, progress: Progress) -> None:
+    """Grow the tree over all chunks, make the memory visible and write its serving image."""
+    with guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
+        vectors = contextual_file(store, config.alpha, scratch / "level-1")
+        if store.info().state == "complete":  # killed when the nodes were written, but the memory not yet visible
+            store.publish()
+        else:
+            levels = grow(vectors, config.fanout, config.spill, config.seed, progress)
+            info = store.info()
+            store.finish(levels, f"build: {info.documents:,} documents, {info.chunks:,} chunks")
+        build_image(store, vectors, progress)
+
+
+def write_image(store: Store, config: TreeConfig, progress: Progress = no_progress) -> Path:
+    """Write the serving image of a finished memory whose image is missing. Returns its folder.
+
+    Raises DamagedMemory and OutOfSpace as `build_image` does.
+    """
+    with guard(store.path, ()), work_folder(store.path, "imaging-") as scratch:
+        return build_image(store, contextual_file(store, config.alpha, scratch / "level-1"), progress)
+
+
+def contextual_file(store: Store, alpha: float, path: Path) -> np.ndarray:
+    """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes."""
+    chunk_ends = store.read("documents/chunk_ends")
+    encodings = store.array("chunks/encodings")
+    if encodings.shape[0] == 0:
+        return np.empty(encodings.shape, np.float16)
+    with guard(store.path):
+        # Written first, then mapped: see treemem.storage.files.
+        with path.open("wb") as file:
+            for first, last in document_runs(chunk_ends, CONTEXT_ROWS):
+                begin = int(chunk_ends[first - 1]) if first else 0
+                rows = np.asarray(encodings[begin : int(chunk_ends[last - 1])])
+                file.write(contextual(rows, chunk_ends[first:last] - begin, alpha).data)
+        return np.memmap(path, np.float16, "r", shape=encodings.shape)

@@ -1,0 +1,123 @@
+"""What a walk gathered, made readable: labels of nodes, and passages of text around the best chunks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from treemem.hierarchy.prompt import content_words
+from treemem.hierarchy.walk import subtree
+from treemem.storage.image import Image
+from treemem.types import GatheredLevel, GatheredNode, Hit, Passage
+
+LABEL_WORDS = 5
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_LOOKED_AT = 4
+"""In how many chunks the written form of a stem is looked for."""
+
+
+def label(image: Image, level: int, node: int) -> str:
+    """The most telling words of the chunks below a node of level 2 or higher.
+
+    A term's weight is its part in the relative entropy of the node and the memory (Tomokiyo and Hurst 2003, section
+    3.1): the share of the node's chunks that hold it, times the logarithm of how many times their share in the whole
+    memory that is. Class-based TF-IDF never gets below zero, and labelled large nodes "the, and, was".
+    """
+    index = image.lexical.index
+    chunks = subtree(image, level, node)
+    entries = np.concatenate([index.terms[index.offsets[c] : index.offsets[c + 1]] for c in chunks])
+    terms, counts = np.unique(entries, return_counts=True)
+    shares = counts / len(chunks)
+    weights = shares * np.log(shares * image.chunks / image.lexical.frequencies[terms])
+    words: list[str] = []
+    for place in np.argsort(-weights, kind="stable")[: 4 * LABEL_WORDS]:
+        written = _written(image, int(terms[place]), chunks)
+        if content_words(written) and written not in words:
+            words.append(written)
+        if len(words) == LABEL_WORDS:
+            break
+    return ", ".join(words)
+
+
+def _written(image: Image, term: int, chunks: np.ndarray) -> str:
+    """The commonest written form of a stemmed term in a few of the chunks that hold it; empty for numbers."""
+    index = image.lexical.index
+    forms: Counter[str] = Counter()
+    looked = 0
+    for chunk in chunks:
+        own = index.terms[index.offsets[chunk] : index.offsets[chunk + 1]]
+        place = int(np.searchsorted(own, term))
+        if place == len(own) or own[place] != term:
+            continue
+        words = _WORD.findall(image.chunk_text(int(chunk)))
+        stems = [image.lexical.analyze(word) for word in words]
+        numbers = image.lexical.numbers([stem[0] if len(stem) == 1 else "" for stem in stems])
+        forms.update(word.lower() for word, number in zip(words, numbers, strict=True) if number == term)
+        looked += 1
+        if looked == _LOOKED_AT:
+            break
+    return min(forms, key=lambda form: (-forms[form], form)) if forms else ""
+
+
+def labelled(image: Image, gathered: Sequence[GatheredLevel], most: int) -> tuple[GatheredLevel, ...]:
+    """The gathered levels of nodes with labels on the best `most` of each; the chunks' level is left as it is."""
+    out = []
+    for level in gathered:
+        if level.level == 1:
+            out.append(level)
+            continue
+        nodes = tuple(
+            GatheredNode(node.node, node.score, label(image, level.level, node.node)) if i < most else node
+            for i, node in enumerate(level.nodes)
+        )
+        out.append(replace(level, nodes=nodes))
+    return tuple(out)
+
+
+def passages(
+    image: Image, hits: Sequence[Hit], count_tokens: Callable[[str], int], budget_tokens: int, neighbours: int = 1
+) -> tuple[Passage, ...]:
+    """Merge the best chunks with their neighbours in the document into passages, best first.
+
+    Args:
+        image: the searched snapshot.
+        hits: best first.
+        count_tokens: length of a text in tokens of the model that is to read it.
+        budget_tokens: what all passages together may take; what does not fit any more is left out, the best is kept.
+        neighbours: how many chunks before and after a hit are taken along.
+
+    Returns:
+        Passages numbered from 1, each a run of one document's text, disjoint, with the score of its best hit.
+    """
+    runs: list[tuple[int, int, int, float]] = []  # document, first chunk, last chunk, score
+    spent = 0
+    for hit in hits:
+        document = int(image.document_of(np.array(hit.chunk)))
+        own = image.chunks_of(document)
+        first, last = max(hit.chunk - neighbours, own.start), min(hit.chunk + neighbours, own.stop - 1)
+        merged = [run for run in runs if run[0] == document and run[1] <= last + 1 and first <= run[2] + 1]
+        for run in merged:
+            first, last = min(first, run[1]), max(last, run[2])
+        cost = count_tokens(image.run_text(first, last))
+        saved = sum(count_tokens(image.run_text(run[1], run[2])) for run in merged)
+        if runs and spent + cost - saved > budget_tokens:
+            continue
+        spent += cost - saved
+        score = max([hit.score, *(run[3] for run in merged)])
+        place = min((runs.index(run) for run in merged), default=len(runs))
+        runs = [run for run in runs if run not in merged]
+        runs.insert(place, (document, first, last, score))
+    return tuple(
+        Passage(
+            number,
+            image.reference(document),
+            (image.span(first)[0], image.span(last)[1]),
+            image.run_text(first, last),
+            score,
+        )
+        for number, (document, first, last, score) in enumerate(runs, 1)
+    )

@@ -1,0 +1,292 @@
+"""Grows the tree: spherical k-means under a hard capacity, level by level, until the top is small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+from numba import njit
+
+from treemem.storage.levels import Level, as_float32, node_vectors
+from treemem.types import Progress, no_progress
+
+SLACK = 1.25
+"""Nodes over the smallest number that could hold all children."""
+CANDIDATES = 32
+"""Nearest nodes that an element asks for a place, nearest first."""
+TWO_STAGE_NODES = 4096
+"""From this many nodes on, k-means first splits the elements into about sqrt(nodes) cells."""
+CELL_NEIGHBOURS = 12
+"""From how many of the nearest cells an element's candidate nodes come."""
+SOAR_WEIGHT = 1.5
+"""How much more a further node costs an element whose residual there is parallel to that in its first node."""
+COMPLEMENT_BLOCK = 512
+"""Elements whose candidate centres are gathered at once."""
+ITERATIONS = 10
+BLOCK = 4096
+"""Rows that are held in float32 at once."""
+REST_BLOCK = 256
+"""Rows that no candidate node took and that are compared with all nodes at once."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A first, coarse split of the elements, and which nodes lie in which cell."""
+
+    of_row: Int32[np.ndarray, " n"]
+    vectors: Float32[np.ndarray, "cells d"]
+    node_ends: Int64[np.ndarray, " cells"]
+    """The nodes of cell c are `node_ends[c - 1]:node_ends[c]`."""
+
+    def rows(self, cell: int) -> Int64[np.ndarray, " rows"]:
+        """Elements of a cell, in order."""
+        return np.flatnonzero(self.of_row == cell)
+
+    def nodes(self, cell: int) -> Int32[np.ndarray, " nodes"]:
+        """Nodes of a cell."""
+        return np.arange(self.node_ends[cell - 1] if cell else 0, self.node_ends[cell], dtype=np.int32)
+
+
+def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Progress = no_progress) -> list[Level]:
+    """Grow all levels of nodes over chunk vectors.
+
+    Args:
+        vectors: unit vectors of the chunks, shape (n, d), float16 or float32, may be memory-mapped.
+        fanout: most children of a node.
+        spill: in how many level-2 nodes a chunk stands, where there is room; at most fanout / 2.5.
+        seed: the same seed gives the same tree on the same machine.
+        progress: told about each level.
+
+    Returns:
+        Level 2 first; none where the chunks themselves are few enough for a top level (2 * fanout).
+    """
+    rng = np.random.default_rng(seed)
+    levels: list[Level] = []
+    below: np.ndarray = vectors
+    while len(below) > 2 * fanout:
+        stage = f"growing level {len(levels) + 2}"
+        # Spill gives way to a small fanout: with more copies a level would not be much smaller than the one below.
+        copies = 1 if levels else min(spill, max(1, int(fanout / (2 * SLACK))))
+        nodes = max(2, round(SLACK * len(below) * copies / fanout))
+        progress(stage, 0, None)
+        centres, cells = _centres(below, nodes, rng)
+        candidates, similarities = _candidates(below, centres, cells, progress, stage)
+        seats = _seats(below, centres, candidates, similarities, fanout, copies)
+        levels.append(_level(seats, below))
+        below = levels[-1].vectors
+    return levels
+
+
+# ---- clustering
+
+
+def _nearest(rows: np.ndarray, centres: np.ndarray, best: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each row its `best` most similar centres, nearest first, and the similarities. Ties: the smaller index."""
+    ids = np.empty((len(rows), best), np.int32)
+    similarities = np.empty((len(rows), best), np.float32)
+    for start in range(0, len(rows), BLOCK):
+        scores = as_float32(rows[start : start + BLOCK]) @ centres.T
+        stop = start + len(scores)
+        if best == 1:
+            ids[start:stop, 0] = scores.argmax(1)
+        else:
+            some = np.argpartition(-scores, best - 1, axis=1)[:, :best] if best < len(centres) else None
+            if some is None:
+                ids[start:stop] = np.argsort(-scores, axis=1, kind="stable")
+            else:
+                some.sort(axis=1)
+                order = np.argsort(-np.take_along_axis(scores, some, 1), axis=1, kind="stable")
+                ids[start:stop] = np.take_along_axis(some, order, 1)
+        similarities[start:stop] = np.take_along_axis(scores, ids[start:stop], 1)
+    return ids, similarities
+
+
+def _kmeans(rows: np.ndarray, k: int, rng: np.random.Generator) -> Float32[np.ndarray, "k d"]:
+    """Spherical k-means; a cluster that runs empty starts again at a random row."""
+    centres = as_float32(rows[np.sort(rng.choice(len(rows), k, replace=False))])
+    for _ in range(ITERATIONS):
+        owners = _nearest(rows, centres, 1)[0][:, 0]
+        counts = np.bincount(owners, minlength=k)
+        order = np.argsort(owners, kind="stable")
+        full = counts > 0
+        offsets = np.concatenate([[0], np.cumsum(counts[full])]).astype(np.int64)
+        centres[full] = node_vectors(rows, offsets, order.astype(np.int32))
+        empty = int((~full).sum())
+        if empty:
+            centres[~full] = as_float32(rows[np.sort(rng.choice(len(rows), empty, replace=False))])
+    return centres
+
+
+def _centres(below: np.ndarray, nodes: int, rng: np.random.Generator) -> tuple[np.ndarray, Cells | None]:
+    """Centres of the nodes; for many nodes in two stages, which costs n * sqrt(nodes) instead of n * nodes."""
+    if nodes < TWO_STAGE_NODES:
+        return _kmeans(below, nodes, rng), None
+    count = round(nodes**0.5)
+    sample = np.sort(rng.choice(len(below), min(len(below), 256 * count), replace=False))
+    coarse = _kmeans(below[sample], count, rng)
+    of_row = _nearest(below, coarse, 1)[0][:, 0]
+    sizes = np.bincount(of_row, minlength=count)
+    # Whole numbers that add up to `nodes`, in proportion to the cells' sizes, never more nodes than elements.
+    node_ends = np.round(np.cumsum(sizes) * (nodes / len(below))).astype(np.int64)
+    cells = Cells(of_row, coarse, node_ends)
+    parts = [
+        _kmeans(as_float32(below[cells.rows(cell)]), own, rng)
+        for cell in range(count)
+        if (own := len(cells.nodes(cell)))
+    ]
+    return np.concatenate(parts), cells
+
+
+def _candidates(
+    below: np.ndarray, centres: np.ndarray, cells: Cells | None, progress: Progress, stage: str
+) -> tuple[Int32[np.ndarray, "n c"], Float32[np.ndarray, "n c"]]:
+    best = min(CANDIDATES, len(centres))
+    if cells is None:
+        return _nearest(below, centres, best)
+    ids = np.full((len(below), best), -1, np.int32)
+    similarities = np.full((len(below), best), -np.inf, np.float32)
+    neighbours, _ = _nearest(cells.vectors, cells.vectors, min(CELL_NEIGHBOURS, len(cells.vectors)))
+    done = 0
+    for cell, near in enumerate(neighbours):
+        rows = cells.rows(cell)
+        nodes = np.concatenate([cells.nodes(int(c)) for c in near])
+        if len(rows) == 0 or len(nodes) == 0:
+            continue
+        width = min(best, len(nodes))
+        found, similarities[rows, :width] = _nearest(below[rows], centres[nodes], width)
+        ids[rows, :width] = nodes[found]
+        done += len(rows)
+        progress(stage, done, len(below))
+    return ids, similarities
+
+
+# ---- seating under the capacity
+
+
+def _seats(
+    below: np.ndarray,
+    centres: np.ndarray,
+    candidates: Int32[np.ndarray, "n c"],
+    similarities: Float32[np.ndarray, "n c"],
+    fanout: int,
+    copies: int,
+) -> Int32[np.ndarray, "nodes fanout"]:
+    """Seat every element in a near node, then in further nodes that complement the first; -1 = free."""
+    seats = np.full((len(centres), fanout), -1, np.int32)
+    seats = _with(seats, _seat(candidates, similarities, (seats < 0).sum(1)))
+    _seat_the_rest(seats, below, centres)
+    if copies > 1:
+        first = np.empty(len(below), np.int32)
+        nodes, places = np.nonzero(seats >= 0)
+        first[seats[nodes, places]] = nodes
+        candidates, preferences = _complements(below, centres, candidates, first)
+        for _ in range(copies - 1):
+            added = _seat(candidates, preferences, (seats < 0).sum(1))
+            seats = _with(seats, added)
+            nodes, places = np.nonzero(added >= 0)
+            taken = np.full(len(below), -1, np.int32)
+            taken[added[nodes, places]] = nodes
+            candidates = np.where(candidates == taken[:, None], np.int32(-1), candidates)
+    return seats
+
+
+def _with(seats: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Both tables' elements, node by node, those present first."""
+    return -np.sort(-np.concatenate([seats, added], axis=1), axis=1)[:, : seats.shape[1]]
+
+
+def _complements(
+    below: np.ndarray, centres: np.ndarray, candidates: Int32[np.ndarray, "n c"], first: Int32[np.ndarray, " n"]
+) -> tuple[Int32[np.ndarray, "n c"], Float32[np.ndarray, "n c"]]:
+    """Candidates for a further seat, best first: near, and wrong in another direction than the first node.
+
+    SOAR (Sun et al. 2023, "SOAR: Improved Indexing for Approximate Nearest Neighbor Search"): a query that the first
+    node hides from an element is one along the element's residual there, so a residual parallel to it costs more.
+    """
+    out = np.empty(candidates.shape, np.int32)
+    preferences = np.empty(candidates.shape, np.float32)
+    for start in range(0, len(below), COMPLEMENT_BLOCK):
+        rows = as_float32(below[start : start + COMPLEMENT_BLOCK])
+        own, offered = first[start : start + len(rows)], candidates[start : start + len(rows)]
+        residual = rows - centres[own]
+        residual /= np.maximum(np.sqrt((residual**2).sum(1)), 1e-9)[:, None]
+        others = rows[:, None] - centres[offered]  # (rows, candidates, d)
+        cost = (others**2).sum(2) + SOAR_WEIGHT * np.einsum("ncd,nd->nc", others, residual) ** 2
+        cost[(offered < 0) | (offered == own[:, None])] = np.inf
+        order = np.argsort(cost, axis=1, kind="stable")
+        cost = np.take_along_axis(cost, order, 1)
+        out[start : start + len(rows)] = np.where(np.isinf(cost), -1, np.take_along_axis(offered, order, 1))
+        preferences[start : start + len(rows)] = -cost
+    return out, preferences
+
+
+@njit(cache=True)
+def _seat(
+    candidates: np.ndarray, preferences: np.ndarray, room: np.ndarray
+) -> np.ndarray:  # pragma: no cover - compiled
+    """Stable matching (Gale and Shapley 1962): elements ask nodes in turn, a full node keeps those it is dearest to.
+
+    The result does not depend on the order in which elements ask. `candidates` are each element's nodes, best first,
+    -1 = none; `preferences` count for both sides; `room` is how many each node takes. Returns (nodes, largest room)
+    elements, -1 = free.
+    """
+    n, width = candidates.shape
+    seats = np.full((len(room), max(1, room.max())), -1, np.int32)
+    held = np.full(seats.shape, -np.inf, np.float32)
+    asked = np.zeros(n, np.int32)
+    stack = np.arange(n - 1, -1, -1).astype(np.int32)
+    top = n
+    while top > 0:
+        top -= 1
+        row = stack[top]
+        while asked[row] < width:
+            node = candidates[row, asked[row]]
+            preference = preferences[row, asked[row]]
+            asked[row] += 1
+            if node < 0 or room[node] == 0:
+                continue
+            worst = 0
+            for seat in range(room[node]):
+                if seats[node, seat] < 0:
+                    worst = seat
+                    break
+                if held[node, seat] < held[node, worst] or (
+                    held[node, seat] == held[node, worst] and seats[node, seat] > seats[node, worst]
+                ):
+                    worst = seat
+            other = seats[node, worst]
+            if other >= 0 and not (preference > held[node, worst] or (preference == held[node, worst] and row < other)):
+                continue
+            seats[node, worst] = row
+            held[node, worst] = preference
+            if other >= 0:
+                stack[top] = other
+                top += 1
+            break
+    return seats
+
+
+def _seat_the_rest(seats: np.ndarray, below: np.ndarray, centres: np.ndarray) -> None:
+    """Give every element that no candidate node took a place in the nearest node with room."""
+    seated = np.zeros(len(below), bool)
+    seated[seats[seats >= 0]] = True
+    rest = np.flatnonzero(~seated)
+    free = (seats < 0).sum(1)
+    for start in range(0, len(rest), REST_BLOCK):
+        rows = rest[start : start + REST_BLOCK]
+        scores = as_float32(below[rows]) @ centres.T
+        for row, own in zip(rows, scores, strict=True):
+            node = int(np.where(free > 0, own, -np.inf).argmax())
+            seats[node, int(np.argmax(seats[node] < 0))] = row
+            free[node] -= 1
+
+
+def _level(seats: np.ndarray, below: np.ndarray) -> Level:
+    """Nodes in order, children sorted, empty nodes left out, vectors from the children."""
+    counts = (seats >= 0).sum(1)
+    ordered = np.sort(np.where(seats < 0, np.iinfo(np.int32).max, seats), axis=1)[counts > 0]
+    counts = counts[counts > 0]
+    children = ordered[np.arange(ordered.shape[1]) < counts[:, None]].astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Level(offsets, children, node_vectors(below, offsets, children))

@@ -1,0 +1,296 @@
+"""The memory as users hold it: build, open, search, ask."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from treemem.config import SearchConfig, TreeConfig
+from treemem.errors import DamagedMemory, InputError, UnreadableInput
+from treemem.hierarchy.ask import AskConfig, ask, config_for
+from treemem.hierarchy.build import build, check_encoder, write_image
+from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
+from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
+from treemem.hierarchy.readers import ReadReport, read
+from treemem.hierarchy.walk import Searcher
+from treemem.storage.image import Image, image_folder
+from treemem.storage.store import Store, StoreInfo
+from treemem.types import Answer, Document, Progress, SearchResult, no_progress
+
+ASK_HITS = 10
+"""From how many chunks the passages of an answer are made."""
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """What `treemem info` tells."""
+
+    path: str
+    documents: int
+    chunks: int
+    levels: tuple[int, ...]
+    """Number of elements of each level, top first."""
+    encoder: str
+    dimension: int
+    snapshot: str
+    format: int
+    config: TreeConfig
+    store_bytes: int
+    image_bytes: int
+
+
+class Memory:
+    """A tree of embeddings over documents, opened at its current snapshot. Close at hand, lazy, safe to share."""
+
+    def __init__(self, store: Store, image: Image, info: StoreInfo, encoder: Callable[[], Encoder]) -> None:
+        """Wrap opened parts; `Memory.open` and `Memory.build` make one."""
+        self.store = store
+        self.image = image
+        self._info = info
+        self._load_encoder = encoder
+        self._encoder: Encoder | None = None
+        self._models: dict[tuple[str, str | None], LanguageModel | None] = {}
+        self._lock = threading.Lock()
+
+    # ---- making and opening
+
+    @classmethod
+    def build(
+        cls,
+        sources: str | Path | Sequence[str | Path] | Iterable[Document],
+        path: str | Path,
+        *,
+        encoder: str | Encoder = DEFAULT_ENCODER,
+        config: TreeConfig | None = None,
+        report: ReadReport | None = None,
+        strict: bool = False,
+        progress: Progress = no_progress,
+    ) -> Memory:
+        """Build a memory; an interrupted build of the same sources continues after its last commit.
+
+        Args:
+            sources: files, folders and globs, or documents; none at all make an empty memory.
+            path: where the memory is to lie; nothing else may be there.
+            encoder: encoder 1, by name or loaded.
+            config: how the tree is built.
+            report: filled with what could not be read.
+            strict: stop before the tree is grown if anything could not be read.
+            progress: told how far it has come.
+
+        Raises:
+            StoreError: something is at `path` already, or the disk is full.
+            InputError: a path does not exist, nothing can be read, or two documents have one id.
+            UnreadableInput: something could not be read and `strict` was asked for.
+            UnknownModel: there is no such encoder.
+        """
+        path = Path(path)
+        config = config or TreeConfig()
+        report = report if report is not None else ReadReport()
+        documents = iter(_documents(sources, report))
+        # The first is read before anything is loaded or written: sources that hold nothing fail at once, without trace.
+        documents = chain([first for first in [next(documents, None)] if first is not None], documents)
+        if strict:
+            documents = _strictly(documents, report, path)
+        loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
+        build(path, documents, loaded, config, _extrapolated(progress, report))
+        return cls.open(path, encoder=loaded)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, encoder: str | Encoder | None = None, progress: Progress = no_progress
+    ) -> Memory:
+        """Open a memory. The encoder is loaded at the first query; a missing serving image is made again.
+
+        Args:
+            path: the memory's folder.
+            encoder: encoder 1 where the recorded name does not lead to it; its weights must be the recorded ones.
+            progress: told about the making of a serving image.
+
+        Raises:
+            NotAMemory, NewerFormat, UnfinishedMemory, DamagedMemory: the memory cannot be used.
+            EncoderMismatch: at the first query, where the encoder is another.
+        """
+        path = Path(path)
+        store = Store.open(path)
+        store.require_finished()
+        info = store.info()
+
+        def loaded() -> Encoder:
+            given = encoder if encoder is not None else info.encoder["name"]
+            result = load_encoder(given) if isinstance(given, str) else given
+            check_encoder(path, info.encoder, result)
+            return result
+
+        return cls(store, _image(store, info, progress), info, loaded)
+
+    # ---- using
+
+    @property
+    def encoder(self) -> Encoder:
+        """Encoder 1, loaded when first needed."""
+        with self._lock:  # threads that come first together load it once
+            if self._encoder is None:
+                self._encoder = self._load_encoder()
+            return self._encoder
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        """What answers queries, with the encoder."""
+        return Searcher(self.image, self.encoder, self._info.config.chunk_tokens, self._info.config.language)
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        mode: str = "hybrid",
+        beam: int = 32,
+        within: Iterable[str] | None = None,
+        config: SearchConfig | None = None,
+    ) -> SearchResult:
+        """Find the chunks that answer a query.
+
+        Args:
+            query: any text; a long one is cut like a document; an empty one finds nothing.
+            k: how many hits.
+            mode: `hybrid`, `deep`, `walk`, `exact`, `bm25` or `exact+bm25`.
+            beam: how many nodes the walk keeps per level.
+            within: ids of the documents to search in.
+            config: all settings at once; `k`, `mode` and `beam` are then not looked at.
+
+        Raises InputError for settings out of range or an id that the memory does not hold.
+        """
+        config = config or SearchConfig(mode=mode, k=k, beam=beam)  # type: ignore[arg-type]
+        return self.search_many([query], config, within=within)[0]
+
+    def search_many(
+        self, queries: Sequence[str], config: SearchConfig | None = None, *, within: Iterable[str] | None = None
+    ) -> list[SearchResult]:
+        """Search for several queries, which are encoded together."""
+        config = config or SearchConfig()
+        if config.mode == "bm25":  # needs no encoder, so none is loaded
+            tokens, language = self._info.config.chunk_tokens, self._info.config.language
+            return Searcher(self.image, None, tokens, language).search(queries, config, within)
+        return self.searcher.search(queries, config, within)
+
+    def language_model(
+        self, name: str = DEFAULT_LANGUAGE_MODEL, *, url: str | None = None, progress: Progress = no_progress
+    ) -> LanguageModel | None:
+        """Load a language model for `ask`; see `treemem.hierarchy.generate.load_language_model`."""
+        return load_language_model(name, url=url, notify=lambda stage: progress(stage, 0, None))
+
+    def ask(
+        self,
+        question: str,
+        *,
+        llm: str | LanguageModel | None = DEFAULT_LANGUAGE_MODEL,
+        llm_url: str | None = None,
+        mode: str = "deep",
+        beam: int = 32,
+        within: Iterable[str] | None = None,
+        max_tokens: int | None = None,
+        config: AskConfig | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question from the memory, with citations.
+
+        Args:
+            question: any text.
+            llm: a language model by name (kept for the next question) or loaded; `none` or None answers with quotes.
+            llm_url: an OpenAI-compatible endpoint that serves `llm`.
+            mode: how passages are found.
+            beam: how many nodes the walk keeps per level.
+            within: ids of the documents to look in.
+            max_tokens: longest reply.
+            config: everything else about asking; what suits the model if none is given.
+            on_text: is given the reply piece by piece as the model writes it, before it is checked.
+
+        Raises:
+            UnknownModel: there is no such language model.
+            ModelError: the model fails.
+            InputError: settings out of range or an id that the memory does not hold.
+        """
+        if isinstance(llm, str):
+            if (llm, llm_url) not in self._models:
+                self._models[llm, llm_url] = self.language_model(llm, url=llm_url)
+            llm = self._models[llm, llm_url]
+        config = config or config_for(llm)
+        if max_tokens is not None:
+            config = replace(config, max_tokens=max_tokens)
+        search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
+        return ask(self, question, llm, search, config, within, on_text)
+
+    def document(self, document_id: str) -> Document:
+        """A whole document.
+
+        Raises InputError where the memory does not hold it.
+        """
+        number = self.image.number_of(document_id)
+        if number is None:
+            raise InputError(f"document {document_id!r} is not in {self.store.path}")
+        return self.image.document(number)
+
+    def info(self) -> MemoryInfo:
+        """Counts, settings and sizes."""
+        info = self._info
+        return MemoryInfo(
+            path=str(self.store.path),
+            documents=info.documents,
+            chunks=info.chunks,
+            levels=info.levels[::-1],
+            encoder=info.encoder["name"],
+            dimension=info.dimension,
+            snapshot=info.snapshot,
+            format=info.format,
+            config=info.config,
+            store_bytes=_bytes(self.store.path / "store"),
+            image_bytes=_bytes(self.image.folder),
+        )
+
+
+def _documents(sources: Any, report: ReadReport) -> Iterable[Document]:
+    if isinstance(sources, str | Path):
+        return read([sources], report)
+    if isinstance(sources, Sequence) and sources and all(isinstance(source, str | Path) for source in sources):
+        return read(list(sources), report)
+    return sources
+
+
+def _extrapolated(progress: Progress, report: ReadReport) -> Progress:
+    """`progress` that expects of what is not read yet as many chunks to a byte as there were so far."""
+
+    def tell(stage: str, done: float, total: float | None) -> None:
+        if stage == "encoding" and total is not None:
+            total = round(total / report.fraction) if report.fraction else None
+        progress(stage, done, total)
+
+    return tell
+
+
+def _strictly(documents: Iterable[Document], report: ReadReport, path: Path) -> Iterator[Document]:
+    yield from documents
+    if report.failures:
+        raise UnreadableInput(
+            f"{path}: {report.failures} inputs could not be read, first {report.unreadable[0]}; "
+            "run again without strict to build from the others, which are kept"
+        )
+
+
+def _image(store: Store, info: StoreInfo, progress: Progress) -> Image:
+    """The serving image of the current snapshot, made (again) where it is missing or damaged."""
+    folder = image_folder(store, info.snapshot)
+    if folder.exists():
+        try:
+            return Image(folder)
+        except DamagedMemory:
+            pass  # derived: made again below
+    return Image(write_image(store, info.config, progress))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,394 @@
+"""Searching: the walk from the top of the tree, BM25, both together, and the token states at the end of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+from treemem.config import MAX_QUERY_EMBEDDINGS, SearchConfig
+from treemem.errors import InputError
+from treemem.hierarchy.embed import Encoder, TokenStates
+from treemem.hierarchy.segment import cut
+from treemem.kernels import Walked, back_end
+from treemem.kernels.reference import quantise_queries
+from treemem.storage.image import Image
+from treemem.storage.lexical import LexicalQuery
+from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResult, Span, TokenMatch
+
+CACHED_CHUNKS = 256
+"""How many chunks' token states are kept for the next query."""
+_NO_WALK = Walked(
+    np.empty((0, 1, 0), np.int32),
+    np.empty((0, 1, 0), np.float32),
+    np.empty((1, 0), np.int32),
+    np.empty((1, 0), np.float32),
+    np.empty((1, 0), np.int32),
+    np.zeros(1, np.int64),
+)
+
+
+@dataclass(frozen=True)
+class EmbeddedQuery:
+    """A query with its embeddings: one, or several where it is longer than a chunk; none where it is empty."""
+
+    text: str
+    vectors: Float32[np.ndarray, "m d"]
+    spans: tuple[Span, ...]
+    """Characters of the query behind each embedding."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a search is restricted to: masks of all levels, top first, as the kernels take them."""
+
+    masks: tuple[UInt8[np.ndarray, " _"], ...]
+
+    @cached_property
+    def chunks(self) -> Int32[np.ndarray, " chunks"]:
+        """The allowed chunks."""
+        return np.flatnonzero(self.masks[-1]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Chunks, best first, with their final scores."""
+
+    chunks: Int32[np.ndarray, " n"]
+    scores: Float32[np.ndarray, " n"]
+    scored: int
+    """How many vectors were scored for it."""
+    walked: Walked = _NO_WALK
+
+
+def _ranked(chunks: np.ndarray, scores: np.ndarray, scored: int, walked: Walked = _NO_WALK) -> Ranked:
+    order = np.lexsort((chunks, -scores))
+    return Ranked(chunks[order].astype(np.int32), scores[order].astype(np.float32), scored, walked)
+
+
+class Searcher:
+    """Answers queries from one serving image. Safe to share between threads: its only state is a cache under a lock."""
+
+    def __init__(self, image: Image, encoder: Encoder | None, chunk_tokens: int, language: str) -> None:
+        """Wrap an image; without an encoder only BM25 can be asked."""
+        self.image = image
+        self.encoder = encoder
+        self.kernels = back_end()
+        self._chunk_tokens = chunk_tokens
+        self._language = language
+        self._states: OrderedDict[int, TokenStates] = OrderedDict()
+        self._states_lock = threading.Lock()
+        if encoder is not None and image.chunks:
+            self._warm()
+
+    def _warm(self) -> None:
+        """Load the compiled kernels, 0.3 s once a process, so that no query is measured with it."""
+        vector = np.zeros((1, self.image.tree.dimension), np.float32)
+        query = EmbeddedQuery(self.image.chunk_text(0), vector, ((0, 1),))
+        self.rank(query, SearchConfig(beam=1))
+        self._cosines(query, np.zeros(1, np.int32))
+
+    # ---- queries
+
+    def embed(self, queries: Sequence[str]) -> list[EmbeddedQuery]:
+        """Embed queries; what is longer than a chunk is cut like a document, at most 32 pieces evenly spread."""
+        encoder = self._require_encoder()
+        texts = [_encodable(query) for query in queries]
+        spans = [self._cut(text, encoder) for text in texts]
+        parts = [text[a:b] for text, own in zip(texts, spans, strict=True) for a, b in own]
+        vectors = encoder.encode(parts, precise=True)
+        out = []
+        for text, own in zip(texts, spans, strict=True):
+            out.append(EmbeddedQuery(text, vectors[: len(own)], tuple(own)))
+            vectors = vectors[len(own) :]
+        return out
+
+    def _cut(self, text: str, encoder: Encoder) -> list[Span]:
+        spans = cut(text, encoder.token_spans, self._chunk_tokens, self._language)
+        if len(spans) > MAX_QUERY_EMBEDDINGS:
+            spread = np.linspace(0, len(spans) - 1, MAX_QUERY_EMBEDDINGS).round().astype(int)
+            spans = [spans[i] for i in spread]
+        return spans
+
+    def _require_encoder(self) -> Encoder:
+        if self.encoder is None:
+            raise InputError("this search has no encoder: only mode 'bm25' can be asked")
+        return self.encoder
+
+    # ---- restricting
+
+    def scope(self, document_ids: Iterable[str]) -> Scope:
+        """Restrict a search to some documents; a single string is one id.
+
+        Raises InputError for an id that the memory does not hold.
+        """
+        mask = np.zeros(self.image.chunks, np.uint8)
+        for document_id in [document_ids] if isinstance(document_ids, str) else document_ids:
+            number = self.image.number_of(document_id)
+            if number is None:
+                raise InputError(f"document {document_id!r} is not in this memory; search without `within` to see ids")
+            own = self.image.chunks_of(number)
+            mask[own.start : own.stop] = 1
+        masks = [mask]
+        for blocks in self.image.tree.levels[:0:-1]:
+            masks.append(np.maximum.reduceat(masks[-1][blocks.ids], blocks.offsets[:-1]))
+        return Scope(tuple(masks[::-1]))
+
+    # ---- searching
+
+    def search(
+        self, queries: Sequence[str], config: SearchConfig, within: Iterable[str] | None = None
+    ) -> list[SearchResult]:
+        """Search for texts; an empty query finds nothing. Results hold the texts as tokenizers take them."""
+        scope = None if within is None else self.scope(within)
+        if config.mode == "bm25":
+            embedded = [EmbeddedQuery(_encodable(query), np.empty((0, 0), np.float32), ()) for query in queries]
+        else:
+            embedded = self.embed(queries)
+        return [self.search_one(query, config, scope) for query in embedded]
+
+    def search_one(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> SearchResult:
+        """Search for one embedded query."""
+        start = time.perf_counter()
+        ranked = self.rank(query, config, scope)
+        matches: dict[int, tuple[TokenMatch, ...]] = {}
+        if config.mode == "deep" and len(ranked.chunks):
+            ranked, matches = self._deepen(query, ranked, config)
+        hits = self._hits(query, ranked, config.k, matches)
+        gathered = self._gathered(ranked, config.beam)
+        return SearchResult(query.text, hits, gathered, ranked.scored, (time.perf_counter() - start) * 1000)
+
+    def rank(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> Ranked:
+        """Rank chunks without level 0: in mode `deep` this is what `hybrid` gives.
+
+        Returns at least `config.k` chunks where there are as many candidates.
+        """
+        nothing = Ranked(np.empty(0, np.int32), np.empty(0, np.float32), 0)
+        if self.image.chunks == 0 or not query.text.strip():
+            return nothing
+        if config.mode == "bm25":
+            chunks, scores = self._bm25_best(self.image.lexical.query(query.text), config.k, scope)
+            return Ranked(chunks, scores, 0)
+        if len(query.vectors) == 0:
+            return nothing
+        if config.mode == "exact":
+            chunks, scores = self.kernels.exact(
+                self.image.tree, query.vectors[None], config.k, None if scope is None else scope.masks
+            )
+            found = chunks[0] >= 0
+            scored = self.image.chunks if scope is None else len(scope.chunks)
+            return Ranked(chunks[0][found], scores[0][found], scored)
+        if config.mode == "exact+bm25":
+            chunks = np.arange(self.image.chunks, dtype=np.int32) if scope is None else scope.chunks
+            return self._both(query, chunks, self._cosines(query, chunks), config, scope, len(chunks), _NO_WALK)
+        walked = self._walk(query, config.beam, scope)
+        chunks, cosines = self._met(walked)
+        scored = int(walked.scored[0])
+        if scope is not None and len(scope.chunks) <= config.beam * self._most_children:
+            # No more than a walk may score at the chunks' level: all of them, then, and none is missed.
+            chunks = scope.chunks
+            cosines = self._cosines(query, chunks)
+            scored += len(chunks)
+        if config.mode == "walk":
+            return _ranked(chunks, cosines, scored, walked)
+        return self._both(query, chunks, cosines, config, scope, scored, walked)
+
+    def _walk(self, query: EmbeddedQuery, beam: int, scope: Scope | None) -> Walked:
+        depth = self.image.tree.depth
+        queries = np.broadcast_to(query.vectors[None, None], (depth, 1, *query.vectors.shape))
+        return self.kernels.walk(
+            self.image.tree, np.ascontiguousarray(queries), beam, None if scope is None else scope.masks
+        )
+
+    @staticmethod
+    def _met(walked: Walked) -> tuple[np.ndarray, np.ndarray]:
+        met = walked.chunks[0] >= 0
+        return walked.chunks[0][met], walked.chunk_scores[0][met]
+
+    def _cosines(self, query: EmbeddedQuery, chunks: np.ndarray) -> np.ndarray:
+        return self.kernels.score_chunks(self.image.tree, query.vectors[None], chunks[None])[0]
+
+    @cached_property
+    def _most_children(self) -> int:
+        """How many chunks the largest node of level 2 has: at most the fanout."""
+        return int(np.diff(self.image.tree.levels[-1].offsets).max(initial=0))
+
+    def _bm25_best(self, query: LexicalQuery, k: int, scope: Scope | None) -> tuple[np.ndarray, np.ndarray]:
+        lexical = self.image.lexical
+        if scope is None:
+            return lexical.best(query, min(k, self.image.chunks))
+        chunks = scope.chunks
+        scores = self.kernels.bm25_scores(lexical.index, query.terms, query.weights, chunks)
+        found = _ranked(chunks[scores > 0], scores[scores > 0], 0)
+        return found.chunks[:k], found.scores[:k]
+
+    def _both(
+        self,
+        query: EmbeddedQuery,
+        chunks: np.ndarray,
+        cosines: np.ndarray,
+        config: SearchConfig,
+        scope: Scope | None,
+        scored: int,
+        walked: Walked,
+    ) -> Ranked:
+        """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`."""
+        lexical = self.image.lexical
+        words = lexical.query(query.text)
+        best, best_scores = self._bm25_best(words, config.bm25_candidates, scope)
+        if len(best) == 0:
+            return _ranked(chunks, cosines, scored, walked)
+        bm25 = self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks)
+        new = ~np.isin(best, chunks)
+        if new.any():
+            cosines = np.concatenate([cosines, self._cosines(query, best[new])])
+            chunks = np.concatenate([chunks, best[new]])
+            bm25 = np.concatenate([bm25, best_scores[new]])
+            scored += int(new.sum())
+        return _ranked(chunks, cosines + config.bm25_weight * bm25 / best_scores[0], scored, walked)
+
+    # ---- level 0
+
+    def _deepen(
+        self, query: EmbeddedQuery, ranked: Ranked, config: SearchConfig
+    ) -> tuple[Ranked, dict[int, tuple[TokenMatch, ...]]]:
+        """Late interaction (Khattab and Zaharia 2020) over the best candidates' token states.
+
+        Adds `mu * mean over query tokens of the best cosine among the chunk's tokens`; the others follow after them.
+        """
+        encoder = self._require_encoder()
+        parts = [query.text[a:b] for a, b in query.spans]
+        own = encoder.token_states(parts, precise=True)
+        states = np.concatenate([part.states for part in own])
+        spans = [(a + s, a + e) for (a, _), part in zip(query.spans, own, strict=True) for s, e in part.spans]
+        if len(states) == 0:
+            return ranked, {}
+        top = ranked.chunks[: config.deep_candidates]
+        scores = ranked.scores.copy()
+        matches: dict[int, tuple[TokenMatch, ...]] = {}
+        for i, (chunk, tokens) in enumerate(zip(top, self.token_states(top, encoder), strict=True)):
+            if len(tokens.spans) == 0:
+                continue
+            similarities = states @ tokens.states.astype(np.float32).T  # (query tokens, text tokens)
+            best = similarities.argmax(1)
+            values = similarities[np.arange(len(best)), best]
+            scores[i] += config.token_weight * float(values.mean())
+            begin = int(self.image.spans[chunk, 0])
+            matches[int(chunk)] = tuple(
+                TokenMatch(span, (begin + tokens.spans[j][0], begin + tokens.spans[j][1]), float(value))
+                for span, j, value in zip(spans, best, values, strict=True)
+            )
+        order = np.lexsort((top, -scores[: len(top)]))
+        order = np.concatenate([order, np.arange(len(top), len(scores))])
+        deepened = Ranked(ranked.chunks[order], scores[order], ranked.scored, ranked.walked)
+        return deepened, matches
+
+    def token_states(self, chunks: np.ndarray, encoder: Encoder) -> list[TokenStates]:
+        """Token states of chunks in float16, from the cache where they are hot, else encoded from their texts."""
+        wanted = [int(chunk) for chunk in chunks]
+        with self._states_lock:
+            known = {chunk: self._states[chunk] for chunk in wanted if chunk in self._states}
+        missing = [chunk for chunk in wanted if chunk not in known]
+        fresh = encoder.token_states([self.image.chunk_text(chunk) for chunk in missing])
+        # Rounded before they are used, so that a chunk scores the same whether it was in the cache or not.
+        known |= {c: TokenStates(t.states.astype(np.float16), t.spans) for c, t in zip(missing, fresh, strict=True)}
+        with self._states_lock:
+            for chunk in wanted:
+                self._states[chunk] = known[chunk]
+                self._states.move_to_end(chunk)
+            while len(self._states) > CACHED_CHUNKS:
+                self._states.popitem(last=False)
+        return [known[chunk] for chunk in wanted]
+
+    # ---- results
+
+    @cached_property
+    def _parents(self) -> list[np.ndarray]:
+        """Of each level but the chunks, bottom up: the parent of every node, one level higher."""
+        levels = self.image.tree.levels
+        out = []
+        for blocks, size in zip(levels[-2:0:-1], self.image.tree.sizes[-2:0:-1], strict=True):
+            parents = np.empty(size, np.int32)
+            parents[blocks.ids] = np.repeat(np.arange(len(blocks.offsets) - 1), np.diff(blocks.offsets))
+            out.append(parents)
+        return out
+
+    @cached_property
+    def _node_rows(self) -> list[np.ndarray]:
+        """Of each level but the chunks, bottom up: the row in which a node stands."""
+        return [np.argsort(blocks.ids, kind="stable") for blocks in self.image.tree.levels[-2::-1]]
+
+    def _paths(self, query: EmbeddedQuery, ranked: Ranked, count: int) -> list[tuple[PathStep, ...]]:
+        """The way from the top to each of the first `count` chunks: nodes' cosines, the chunk's score."""
+        tree = self.image.tree
+        chunks = ranked.chunks[:count]
+        steps = [[PathStep(1, int(c), float(s))] for c, s in zip(chunks, ranked.scores, strict=False)]
+        if tree.depth > 1 and len(query.vectors):
+            first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
+            through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
+            nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
+            asked, scales = quantise_queries(query.vectors)  # as the kernels do: a node has the score of the walk
+            for level, blocks in enumerate(tree.levels[-2::-1], 2):
+                rows = self._node_rows[level - 2][nodes]
+                dots = (blocks.rows[rows].astype(np.float64) @ asked.T).astype(np.float32)
+                cosines = (scales * blocks.scales[rows, None] * dots).max(1)
+                for i, (node, cosine) in enumerate(zip(nodes, cosines, strict=True)):
+                    steps[i].append(PathStep(level, int(node), float(cosine)))
+                if level < tree.depth:
+                    nodes = self._parents[level - 2][nodes]
+        return [tuple(way[::-1]) for way in steps]
+
+    def _hits(
+        self, query: EmbeddedQuery, ranked: Ranked, k: int, matches: dict[int, tuple[TokenMatch, ...]]
+    ) -> tuple[Hit, ...]:
+        chunks = ranked.chunks[:k]
+        documents = self.image.document_of(chunks)
+        paths = self._paths(query, ranked, len(chunks)) if len(chunks) else []
+        return tuple(
+            Hit(
+                score=float(score),
+                document=self.image.reference(int(document)),
+                span=self.image.span(int(chunk)),
+                text=self.image.chunk_text(int(chunk)),
+                path=path,
+                chunk=int(chunk),
+                matches=matches.get(int(chunk), ()),
+            )
+            for chunk, score, document, path in zip(chunks, ranked.scores, documents, paths, strict=False)
+        )
+
+    def _gathered(self, ranked: Ranked, beam: int) -> tuple[GatheredLevel, ...]:
+        """What the walk kept of every level, coarse to fine; nothing where no walk was made."""
+        tree = self.image.tree
+        walked = ranked.walked
+        if walked is _NO_WALK:
+            return ()
+        levels = []
+        for index in range(tree.depth - 1):
+            pairs = zip(walked.nodes[index, 0], walked.node_scores[index, 0], strict=True)
+            nodes = tuple(GatheredNode(int(node), float(score)) for node, score in pairs if node >= 0)
+            levels.append(GatheredLevel(tree.depth - index, tree.sizes[index], nodes))
+        best = zip(ranked.chunks[:beam], ranked.scores[:beam], strict=True)
+        levels.append(GatheredLevel(1, tree.sizes[-1], tuple(GatheredNode(int(c), float(s)) for c, s in best)))
+        return tuple(levels)
+
+
+def _encodable(text: str) -> str:
+    """`text` with `?` for halves of surrogate pairs, which no tokenizer takes; characters keep their places."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def subtree(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:
+    """The chunks below a node of level 2 or higher, each once, in order."""
+    nodes = np.array([node])
+    for blocks in image.tree.levels[image.tree.depth - level + 1 :]:
+        nodes = np.unique(
+            np.concatenate([blocks.ids[blocks.offsets[n] : blocks.offsets[n + 1]] for n in nodes])
+        ).astype(np.int64)
+    return nodes

@@ -1,0 +1,5 @@
+"""`python -m treemem` is `treemem`."""
+
+from treemem.cli import main
+
+main()

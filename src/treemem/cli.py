@@ -1,0 +1,405 @@
+"""The command line: each command parses, calls the library once and formats what comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from treemem import __version__
+from treemem.errors import TreememError, UnreadableInput
+from treemem.types import Answer, Progress, SearchResult, no_progress
+
+if TYPE_CHECKING:
+    from treemem.hierarchy.readers import ReadReport
+
+app = typer.Typer(
+    name="treemem",
+    help="A memory for language models: documents as a tree of embeddings, searched from the top.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+_debug = False
+
+MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
+ModeOption = Annotated[
+    str, typer.Option("--mode", help="hybrid, deep, walk, exact, bm25 or exact+bm25: see the documentation.")
+]
+Beam = Annotated[int, typer.Option(help="Nodes that a walk keeps per level.")]
+Within = Annotated[list[str] | None, typer.Option("--within", metavar="ID", help="Search in this document only.")]
+Llm = Annotated[
+    str, typer.Option(help="Language model: smollm2, none, a folder, a transformers id, or a name at --llm-url.")
+]
+LlmUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://localhost:8080/v1.")]
+EncoderName = Annotated[str, typer.Option("--encoder", help="minilm, a folder, or a sentence-transformers id.")]
+
+
+def main() -> None:
+    """Run the command line; errors are one line, and Ctrl-C says how to go on."""
+    # Libraries report on their own; what users must know, treemem says.
+    os.environ.setdefault("ICECHUNK_LOG", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal or a pipe does not know is no error
+            stream.reconfigure(errors="replace")
+    try:
+        code = app(_arguments(), standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe is still noticed
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+    except TreememError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; run the same command again: a build continues after its last commit", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except MemoryError:
+        _fail("out of memory; close other programs or build from fewer documents at once", 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # wrong use of the command line
+            if not error.format_message():  # no command at all: the help is printed
+                sys.exit(2)
+            _fail(f"{error.format_message()} (treemem --help lists the commands)", 2)
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        _fail(f"unexpected {type(error).__name__}: {first}; --debug shows where", 70)
+
+
+def _arguments() -> list[str]:
+    """The command line, with a --debug that was added at the end of a failed one put in front, where it belongs."""
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    moved = [argument for argument in given[:end] if argument == "--debug"]
+    return [*moved, *(argument for argument in given[:end] if argument != "--debug"), *given[end:]]
+
+
+def _fail(message: str, code: int) -> None:
+    if _debug:
+        traceback.print_exc()
+    err.print(f"[bold red]treemem:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+# ---- progress
+
+
+@contextmanager
+def _progress(quiet: bool = False) -> Iterator[Progress]:
+    """A bar per stage on standard error: what is done, the rate, the time left; plain lines where no one looks."""
+    if quiet:
+        yield no_progress
+        return
+    from treemem.progress import bars
+
+    with bars(err) as report:
+        yield report
+
+
+def _report(report: ReadReport) -> None:
+    for line in report.summary():
+        err.print(escape(line), soft_wrap=True, style="yellow" if line.startswith("  ") else None)
+
+
+# ---- commands
+
+
+@app.command()
+def build(
+    memory: MemoryPath,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files, folders or globs to read.")],
+    encoder: EncoderName = "minilm",
+    fanout: Annotated[int, typer.Option(help="Most children of a node.")] = 32,
+    spill: Annotated[int, typer.Option(help="In how many nodes a chunk stands.")] = 2,
+    chunk_tokens: Annotated[int, typer.Option(help="Most encoder tokens in a chunk.")] = 126,
+    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    language: Annotated[str, typer.Option(help="Language of the documents (ISO 639-1).")] = "en",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if anything cannot be read.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build a memory from documents; an interrupted build continues where it stopped."""
+    from treemem import Memory
+    from treemem.config import TreeConfig
+    from treemem.hierarchy.readers import ReadReport
+
+    config = TreeConfig(chunk_tokens=chunk_tokens, fanout=fanout, spill=spill, seed=seed, language=language)
+    report = ReadReport()
+    try:
+        with _progress(as_json) as progress:
+            built = Memory.build(
+                paths, memory, encoder=encoder, config=config, report=report, strict=strict, progress=progress
+            )
+    except UnreadableInput:
+        _report(report)
+        raise
+    info = built.info()
+    if as_json:
+        _print_json({"memory": asdict(info), "read": report.to_json()})
+        return
+    _report(report)
+    out.print(
+        f"[bold]{escape(str(memory))}[/]: {info.documents:,} documents, {info.chunks:,} chunks, "
+        f"{len(info.levels)} levels ({' / '.join(f'{n:,}' for n in info.levels)})",
+        soft_wrap=True,
+    )
+    out.print(
+        f'Next: treemem search {escape(str(memory))} "…"   or   treemem ask {escape(str(memory))} "…"', soft_wrap=True
+    )
+
+
+@app.command()
+def search(
+    memory: MemoryPath,
+    query: Annotated[str, typer.Argument(help="What to look for; - reads it from standard input.")],
+    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
+    mode: ModeOption = "hybrid",
+    beam: Beam = 32,
+    within: Within = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the chunks that answer a query."""
+    from treemem import Memory
+    from treemem.config import SearchConfig
+
+    config = SearchConfig(mode=mode, k=k, beam=beam)  # type: ignore[arg-type]
+    query = _read_query(query)
+    with _progress(as_json) as progress:
+        opened = Memory.open(memory, progress=progress)
+    result = opened.search(query, config=config, within=within)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _print_hits(result, opened.info().chunks)
+
+
+@app.command()
+def ask(
+    memory: MemoryPath,
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    llm: Llm = "smollm2",
+    llm_url: LlmUrl = None,
+    mode: ModeOption = "deep",
+    beam: Beam = 32,
+    within: Within = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from the memory, with citations."""
+    from treemem import Memory
+
+    question = _read_query(question)
+    with _progress(as_json) as progress:
+        opened = Memory.open(memory, progress=progress)
+        model = opened.language_model(llm, url=llm_url, progress=progress)
+    _ask(opened, question, model, as_json, mode=mode, beam=beam, within=within, max_tokens=max_tokens)
+
+
+@app.command()
+def info(memory: MemoryPath, as_json: AsJson = False) -> None:
+    """Tell what a memory holds."""
+    from treemem import Memory
+
+    with _progress(as_json) as progress:
+        found = Memory.open(memory, progress=progress).info()
+    if as_json:
+        _print_json(asdict(found))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("documents", f"{found.documents:,}")
+    table.add_row("chunks", f"{found.chunks:,}")
+    table.add_row("levels", " / ".join(f"{n:,}" for n in found.levels) + "  (top first)")
+    table.add_row("encoder", f"{found.encoder}, {found.dimension} dimensions")
+    table.add_row("tree", f"fanout {found.config.fanout}, spill {found.config.spill}, seed {found.config.seed}")
+    table.add_row(
+        "on disk", f"{found.store_bytes / 1e6:,.1f} MB store, {found.image_bytes / 1e6:,.1f} MB serving image"
+    )
+    table.add_row("snapshot", f"{found.snapshot}, format {found.format}")
+    out.print(table)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data set in BEIR layout.")],
+    memory: Annotated[Path | None, typer.Option(help="A memory of its corpus; built if none is named.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only queries of this split, or several: dev,test.")] = None,
+    modes: Annotated[str, typer.Option(help="Modes to compare, separated by commas.")] = "walk,exact,bm25,hybrid",
+    max_queries: Annotated[int | None, typer.Option(help="At most so many queries, drawn at random.")] = None,
+    answers: Annotated[bool, typer.Option("--answers", help="Ask the language model too.")] = False,
+    llm: Llm = "smollm2",
+    llm_url: LlmUrl = None,
+    within_document: Annotated[
+        bool, typer.Option("--within-document", help="Search inside the document that a query is about.")
+    ] = False,
+    beam: Beam = 32,
+    encoder: EncoderName = "minilm",
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure retrieval, and answers, on a data set."""
+    from treemem.evaluation import print_report, run
+
+    with _progress(as_json) as progress:
+        report = run(
+            folder,
+            memory_path=memory,
+            split=split,
+            modes=[mode.strip() for mode in modes.split(",") if mode.strip()],
+            max_queries=max_queries,
+            answers=answers,
+            llm=llm,
+            llm_url=llm_url,
+            within_document=within_document,
+            beam=beam,
+            encoder=encoder,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print_report(report, out)
+
+
+QUESTIONS = (
+    "How do I merge several sorted inputs into one sorted stream?",
+    "Which exception is raised when JSON text cannot be decoded?",
+    "How can I find the median of a list of numbers?",
+)
+
+
+@app.command()
+def demo(
+    memory: Annotated[Path, typer.Argument(metavar="MEMORY", help="Where the demonstration's memory lies.")] = Path(
+        "demo.memory"
+    ),
+    llm: Llm = "smollm2",
+    llm_url: LlmUrl = None,
+) -> None:
+    """Build a memory of Python's own documentation and ask it three questions."""
+    from treemem import Memory
+    from treemem.hierarchy.readers import ReadReport, standard_library
+    from treemem.storage.store import Store
+
+    with _progress() as progress:
+        if Store.exists(memory) and Store.open(memory).finished:
+            opened = Memory.open(memory, progress=progress)
+            err.print(f"Using {escape(str(memory))} again.")
+        else:
+            err.print("Reading the docstrings of this Python's standard library …")
+            report = ReadReport()
+            opened = Memory.build([str(p) for p in standard_library()], memory, report=report, progress=progress)
+        found = opened.info()
+        err.print(
+            f"[bold]{escape(str(memory))}[/]: {found.documents:,} documents, {found.chunks:,} chunks, "
+            f"levels {' / '.join(f'{n:,}' for n in found.levels)}"
+        )
+        model = opened.language_model(llm, url=llm_url, progress=progress)
+    for question in QUESTIONS:
+        out.rule(style="dim")
+        out.print(f"[bold]{escape(question)}[/]")
+        _ask(opened, question, model, False)
+    out.rule(style="dim")
+    name = escape(str(memory))
+    out.print("Go on:", style="bold")
+    out.print(
+        f'  treemem search {name} "read a zip file"        the chunks themselves, with their paths', soft_wrap=True
+    )
+    out.print(f'  treemem ask {name} "…"                          your own question', soft_wrap=True)
+    out.print("  treemem build my.memory ~/notes                      a memory of your own documents", soft_wrap=True)
+
+
+# ---- printing
+
+
+def _read_query(query: str) -> str:
+    return sys.stdin.read() if query == "-" else query
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _print_hits(result: SearchResult, chunks: int) -> None:
+    if not result.hits:
+        out.print("No hits: the query is empty." if not result.query.strip() else "No hits.")
+        return
+    for number, hit in enumerate(result.hits, 1):
+        where = " > ".join(f"L{step.level}:{step.node} {step.score:.2f}" for step in hit.path)
+        name = hit.document.title or hit.document.id
+        out.print(
+            f"[bold cyan]{number:>2}[/] [bold]{hit.score:.3f}[/]  [bold]{escape(name)}[/] "
+            f"[dim]{escape(hit.document.id)}:{hit.span[0]}-{hit.span[1]}  {where}[/]",
+            soft_wrap=True,
+        )
+        text = " ".join(hit.text.split())
+        out.print("    " + escape(text[:240] + (" …" if len(text) > 240 else "")), soft_wrap=True)
+    out.print(f"[dim]{result.scored:,} vectors scored in a memory of {chunks:,} chunks, {result.ms:.1f} ms[/]")
+
+
+def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) -> None:
+    """Ask, showing the reply as it comes, then what it cites."""
+    streamed: list[str] = []
+
+    def show(piece: str) -> None:
+        streamed.append(piece)
+        out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+
+    live = not as_json and out.is_terminal
+    answer: Answer = opened.ask(question, llm=model, on_text=show if live else None, **options)
+    if as_json:
+        _print_json(answer.to_json())
+        return
+    if streamed:
+        out.print()
+        if answer.extractive and answer.found:
+            out.print("[yellow]The passages do not bear this reply; what they say:[/]")
+    if not streamed or "".join(streamed).strip() != answer.text:
+        out.print(escape(answer.text), soft_wrap=True)
+    for citation in answer.citations:
+        name = citation.document.title or citation.document.id
+        quote = " ".join(citation.text.split())
+        out.print(
+            f"  [cyan]\\[{citation.number}][/] [bold]{escape(name)}[/] "
+            f"[dim]{escape(citation.document.id)}:{citation.span[0]}-{citation.span[1]}[/] "
+            f"{escape(quote[:160] + (' …' if len(quote) > 160 else ''))}",
+            soft_wrap=True,
+        )
+    out.print(f"[dim]{sum(answer.timings.get(s, 0) for s in ('search', 'generate')):.1f} s[/]")
+
+
+if __name__ == "__main__":
+    main()

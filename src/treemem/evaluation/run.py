@@ -1,0 +1,121 @@
+"""One evaluation from a folder to its figures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import platformdirs
+
+from treemem import __version__
+from treemem.config import FORMAT_VERSION, SearchConfig, TreeConfig
+from treemem.errors import InputError
+from treemem.evaluation.answers import evaluate_answers
+from treemem.evaluation.dataset import EvalQuery, EvalSet, load_set
+from treemem.evaluation.report import EvalReport
+from treemem.evaluation.retrieval import DEFAULT_MODES, checked_modes, evaluate
+from treemem.hierarchy.embed import DEFAULT_ENCODER, load_encoder
+from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, load_language_model
+from treemem.hierarchy.memory import Memory
+from treemem.storage.store import Store
+from treemem.types import Answer, Progress, no_progress
+
+
+def run(
+    folder: str | Path,
+    *,
+    memory_path: str | Path | None = None,
+    split: str | None = None,
+    modes: Sequence[str] | None = None,
+    max_queries: int | None = None,
+    answers: bool = False,
+    llm: str = DEFAULT_LANGUAGE_MODEL,
+    llm_url: str | None = None,
+    within_document: bool = False,
+    beam: int = 32,
+    encoder: str = DEFAULT_ENCODER,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> EvalReport:
+    """Evaluate retrieval, and if asked for the replies of a language model, on a set in BEIR's layout.
+
+    Args:
+        folder: the set; see `load_set`.
+        memory_path: a memory of its corpus. If none is named, one is built, and kept for the next time, in the folder
+            `eval` of the user's cache (or of $TREEMEM_CACHE).
+        split: only queries of this split, or of several: `dev,test`.
+        modes: modes of search, and `rrf`.
+        max_queries: at most so many queries, drawn at random; for answers, from those that have gold answers.
+        answers: ask the questions too.
+        llm: language model for the answers, by name.
+        llm_url: an OpenAI-compatible endpoint that serves it.
+        within_document: search and ask inside each query's relevant documents.
+        beam: how many nodes a walk keeps per level.
+        encoder: encoder 1 of a memory that is built here.
+        seed: of the drawing.
+        progress: told how far it has come.
+
+    Raises:
+        InputError: the set or a setting cannot be used, or the memory does not hold the set.
+        StoreError, ModelError: as `Memory.build`, `Memory.open` and `Memory.ask`.
+    """
+    # Everything that can be wrong with what was given is found before an hour of encoding.
+    modes = checked_modes(DEFAULT_MODES if modes is None else modes)
+    eval_set = load_set(folder, split, progress)
+    eval_set.sample(max_queries, seed)
+    SearchConfig(beam=beam)
+    if answers:
+        eval_set.with_answers()
+        model = load_language_model(llm, url=llm_url, notify=lambda stage: progress(stage, 0, None))
+    memory = Memory.open(memory_path, progress=progress) if memory_path else _built(eval_set, encoder, progress)
+    report = evaluate(
+        memory,
+        eval_set,
+        modes,
+        beam=beam,
+        within_document=within_document,
+        max_queries=max_queries,
+        seed=seed,
+        progress=progress,
+    )
+    if not answers:
+        return report
+
+    def ask(query: EvalQuery) -> Answer:
+        known = [document for document in query.relevant if memory.image.number_of(document) is not None]
+        return memory.ask(query.text, llm=model, beam=beam, within=known if within_document else None)
+
+    figures = evaluate_answers(eval_set, ask, max_queries=max_queries, seed=seed, progress=progress)
+    return replace(report, answers=figures, settings={**report.settings, "llm": llm, "llm_url": llm_url})
+
+
+def _built(eval_set: EvalSet, encoder: str, progress: Progress) -> Memory:
+    """The memory of a set's corpus, from the cache if an earlier evaluation built it."""
+    loaded = load_encoder(encoder)
+    path = memory_folder(eval_set, loaded.info.weights)
+    if Store.exists(path) and Store.open(path).finished:
+        progress(f"using {path}", 0, None)
+        return Memory.open(path, encoder=loaded, progress=progress)
+    progress(f"building {path}", 0, None)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: cannot be written to ({error}); set TREEMEM_CACHE to a folder that can, or name a memory"
+        ) from error
+    return Memory.build(eval_set.read_documents(), path, encoder=loaded, progress=progress)
+
+
+def memory_folder(eval_set: EvalSet, encoder_weights: str) -> Path:
+    """Where the memory of a set is kept: a name of its corpus's content and of all that shapes the memory."""
+    chosen = os.environ.get("TREEMEM_CACHE")
+    cache = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("treemem")
+    with eval_set.corpus.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(f"{encoder_weights} {TreeConfig()} {FORMAT_VERSION} {__version__}".encode())
+    name = re.sub(r"[^\w.-]+", "-", eval_set.name) or "set"
+    return cache / "eval" / f"{name}-{digest.hexdigest()[:16]}.memory"

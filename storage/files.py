@@ -1,0 +1,86 @@
+"""Files beside the store: arrays that are written without memory maps, and folders for work in progress.
+
+A memory map of a file that the disk has no room for ends the process with a bus error, where writing raises OSError.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+STALE_SECONDS = 60.0
+"""A work folder is looked at this long after it was made, when its process has surely locked it."""
+_WORK = ("creating-", "growing-", "imaging-", "making-")
+_LOCK = "lock"
+
+
+def write_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    """Write an array in NumPy's file format block by block, in bounded memory.
+
+    Args:
+        path: the file.
+        dtype: type of the array.
+        shape: shape of the whole array.
+        blocks: runs of rows, in order, which together have this shape.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    rows = 0
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            rows += len(block)
+            file.write(np.ascontiguousarray(block, dtype).data)
+    if rows != shape[0]:
+        raise AssertionError(f"{path.name}: {rows} rows were given for {shape[0]}")
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """Write a whole array. Unlike `numpy.save` it tells a full disk from other failures."""
+    write_npy(path, array.dtype, array.shape, [array])
+
+
+@contextmanager
+def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder for work in progress, gone afterwards; the folders of processes that were killed go first.
+
+    Args:
+        parent: the memory's folder, or one in it.
+        prefix: `creating-`, `growing-`, `imaging-` or `making-`.
+    """
+    remove_stale_work(parent)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with FileLock(folder / _LOCK):  # the system lets go of it when the process ends, however it ends
+            inside = folder / "work"
+            inside.mkdir()
+            yield inside
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_work(path: Path) -> bool:
+    """Whether this is the name of a work folder."""
+    return path.name.startswith(_WORK)
+
+
+def remove_stale_work(parent: Path) -> None:
+    """Remove the work folders in `parent` whose processes are dead; what cannot be removed stays."""
+    try:
+        folders = [folder for folder in parent.iterdir() if is_work(folder)]
+        for folder in folders:
+            if time.time() - folder.stat().st_mtime < STALE_SECONDS:
+                continue
+            try:
+                with FileLock(folder / _LOCK, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except Timeout:
+                pass  # its process lives
+    except OSError:
+        pass  # a read-only disk, or another process was faster

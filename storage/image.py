@@ -1,0 +1,278 @@
+"""The serving image of one snapshot: what walks and searches read, memory-mapped, derived from the store.
+
+It lies in `cache/<snapshot>` inside the memory's folder and can be deleted at any time: it is made again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treemem.errors import DamagedMemory, StoreError
+from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise
+from treemem.storage.files import save_npy, work_folder, write_npy
+from treemem.storage.levels import Level, as_float32
+from treemem.storage.lexical import Lexical, build_lexical
+from treemem.storage.store import Store, guard
+from treemem.types import Document, DocumentRef, Progress, Span, no_progress
+
+IMAGE_VERSION = 1
+ROWS = 16_384
+_COPIED = {
+    "text": "documents/text",
+    "text_ends": "documents/text_ends",
+    "records": "documents/records",
+    "record_ends": "documents/record_ends",
+    "chunk_ends": "documents/chunk_ends",
+    "spans": "chunks/spans",
+}
+
+
+def image_folder(store: Store, snapshot: str) -> Path:
+    """Where the image of a snapshot lies."""
+    return store.path / "cache" / snapshot
+
+
+def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progress) -> Path:
+    """Write the serving image of the current snapshot; it appears at once and whole, or not at all.
+
+    Args:
+        store: a finished memory.
+        vectors: level-1 vectors of all chunks, float16, shape (n, d).
+        progress: told about chunks indexed.
+
+    Returns:
+        The image's folder.
+
+    Raises:
+        DamagedMemory: what the store holds is not what was written.
+        OutOfSpace: the disk is full; the memory is whole, and the image is made when it is opened next.
+    """
+    info = store.info()
+    store.verify()
+    target = image_folder(store, info.snapshot)
+    with guard(store.path):
+        target.parent.mkdir(exist_ok=True)
+        with work_folder(target.parent, "making-") as folder:
+            for name, source in _COPIED.items():
+                _copy(store, source, folder / f"{name}.npy")
+            _write_tree(folder, vectors, store.levels())
+            _write_ids(folder)
+            texts = _chunk_texts(folder, progress)
+            build_lexical(folder, texts, info.chunks, info.config.language)
+            files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+            description = {
+                "image": IMAGE_VERSION,
+                "snapshot": info.snapshot,
+                "sizes": info.levels[::-1],
+                "language": info.config.language,
+                "files": files,
+            }
+            (folder / "image.json").write_text(json.dumps(description, indent=1))
+            _replace(folder, target)
+    return target
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Move a finished image into place; an old one there goes, also when another process just put it there."""
+    for _ in range(10):
+        if target.exists():
+            os.replace(target, folder.parent / f"old-{time.monotonic_ns()}")  # removed with the work folder
+        try:
+            os.replace(folder, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise StoreError(f"{target}: other processes keep making this image; let one of them end and try again")
+
+
+def _copy(store: Store, source: str, path: Path) -> None:
+    array = store.array(source)
+    write_npy(path, array.dtype, array.shape, store.blocks(source, array.chunks[0] * 8))
+
+
+def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level]) -> None:
+    """Lay every level out by its parents: the children's quantised vectors of one parent side by side."""
+    below = [vectors, *(level.vectors for level in levels)]
+    for number, elements in enumerate(below, 1):
+        if number <= len(levels):
+            offsets, ids = levels[number - 1].offsets, levels[number - 1].children
+        else:
+            offsets = np.array([0, len(elements)], np.int64)
+            ids = np.arange(len(elements), dtype=np.int32)
+        scales = np.empty(len(ids), np.float32)
+        write_npy(
+            folder / f"level-{number}-rows.npy",
+            np.dtype(np.int8),
+            (len(ids), elements.shape[1]),
+            _quantised(elements, ids, scales),
+        )
+        for name, array in {"scales": scales, "ids": ids, "offsets": offsets}.items():
+            save_npy(folder / f"level-{number}-{name}.npy", array)
+        if number == 1:
+            save_npy(folder / "first-row.npy", first_rows(ids, len(elements)))
+
+
+def _quantised(elements: np.ndarray, ids: np.ndarray, scales: np.ndarray) -> Iterator[np.ndarray]:
+    """Quantised rows of elements in the order of `ids`; fills `scales` on the way."""
+    for start in range(0, len(ids), ROWS):
+        part = ids[start : start + ROWS]
+        rows, scales[start : start + len(part)] = quantise(as_float32(elements[part]))
+        yield rows
+
+
+def _id_hash(document_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document_id.encode(errors="replace"), digest_size=8).digest(), "little")
+
+
+def _write_ids(folder: Path) -> None:
+    """Hashes of the documents' ids in rising order, each with its document's number."""
+    records, ends = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("records", "record_ends"))
+    hashes = np.empty(len(ends), np.uint64)
+    begin = 0
+    for document, end in enumerate(ends):
+        hashes[document] = _id_hash(json.loads(bytes(records[begin:end]))["id"])
+        begin = int(end)
+    order = np.argsort(hashes, kind="stable")
+    save_npy(folder / "id-hashes.npy", hashes[order])
+    save_npy(folder / "id-documents.npy", order)
+
+
+def _chunk_texts(folder: Path, progress: Progress) -> Iterator[str]:
+    text, text_ends, chunk_ends, spans = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("text", "text_ends", "chunk_ends", "spans")
+    )
+    chunk = 0
+    for document, end in enumerate(chunk_ends):
+        begin = int(text_ends[document - 1]) if document else 0
+        for _, _, first, last in spans[chunk:end]:
+            yield bytes(text[begin + first : begin + last]).decode()
+        if chunk // 4096 != end // 4096:
+            progress("indexing words", float(end), float(len(spans)))
+        chunk = int(end)
+
+
+def _check_description(description: Any) -> None:
+    fields = {"image": int, "snapshot": str, "sizes": list, "language": str, "files": dict}
+    if not isinstance(description, dict) or any(not isinstance(description.get(f), t) for f, t in fields.items()):
+        raise ValueError("image.json holds something else")
+    if description["image"] != IMAGE_VERSION:
+        raise ValueError(f"version {description['image']}")
+    numbers = [*description["sizes"], *description["files"].values()]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not description["sizes"]:
+        raise ValueError("image.json holds sizes that are none")
+
+
+class Image:
+    """One snapshot, ready to be searched. Nothing is read until it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an image.
+
+        Raises DamagedMemory where a file is missing, too short, or inconsistent.
+        """
+        self.folder = folder
+        try:
+            description = json.loads((folder / "image.json").read_text("utf-8"))
+            _check_description(description)
+            for name, size in description["files"].items():
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{name} has another size")
+            self.snapshot: str = description["snapshot"]
+            self.tree = self._tree(tuple(description["sizes"]))
+            self.lexical = Lexical(folder, description["language"])
+            self._text, self._text_ends, self._records, self._record_ends, self._chunk_ends, self.spans = (
+                self._load(name) for name in _COPIED
+            )
+            self._id_hashes, self._id_documents = self._load("id-hashes"), self._load("id-documents")
+        except (OSError, ValueError, EOFError, RecursionError, DamagedMemory) as error:
+            raise DamagedMemory(f"{folder}: the serving image is damaged ({error}); delete the folder") from error
+
+        if len(self._id_hashes) != self.documents or len(self.spans) != self.tree.sizes[-1]:
+            raise DamagedMemory(f"{folder}: the serving image is damaged (counts differ); delete the folder")
+
+    def _load(self, name: str) -> Any:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    def _tree(self, sizes: tuple[int, ...]) -> ServingTree:
+        levels = tuple(
+            LevelBlocks(*(self._load(f"level-{number}-{part}") for part in ("rows", "scales", "ids", "offsets")))
+            for number in range(len(sizes), 0, -1)
+        )
+        tree = ServingTree(levels, sizes, self._load("first-row"))
+        tree.check()
+        return tree
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self._text_ends)
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.spans)
+
+    def number_of(self, document_id: str) -> int | None:
+        """The number of the document with this id, None where there is none."""
+        wanted = np.uint64(_id_hash(document_id))
+        place = int(np.searchsorted(self._id_hashes, wanted))
+        while place < len(self._id_hashes) and self._id_hashes[place] == wanted:
+            number = int(self._id_documents[place])
+            if self.record(number)["id"] == document_id:
+                return number
+            place += 1
+        return None
+
+    def document_of(self, chunks: np.ndarray) -> np.ndarray:
+        """Numbers of the documents that chunks stand in."""
+        return np.asarray(np.searchsorted(self._chunk_ends, chunks, side="right"))
+
+    def chunks_of(self, document: int) -> range:
+        """The chunks of a document."""
+        return range(int(self._chunk_ends[document - 1]) if document else 0, int(self._chunk_ends[document]))
+
+    def record(self, document: int) -> dict[str, Any]:
+        """Id, title and metadata of a document."""
+        begin = int(self._record_ends[document - 1]) if document else 0
+        record = json.loads(bytes(self._records[begin : int(self._record_ends[document])]))
+        assert isinstance(record, dict)
+        return record
+
+    def reference(self, document: int) -> DocumentRef:
+        """Id and title of a document."""
+        record = self.record(document)
+        return DocumentRef(record["id"], record["title"])
+
+    def text(self, document: int) -> str:
+        """The whole text of a document."""
+        begin = int(self._text_ends[document - 1]) if document else 0
+        return bytes(self._text[begin : int(self._text_ends[document])]).decode()
+
+    def document(self, document: int) -> Document:
+        """A whole document."""
+        record = self.record(document)
+        return Document(record["id"], self.text(document), record["title"], record["metadata"])
+
+    def span(self, chunk: int) -> Span:
+        """Characters of a chunk in its document's text."""
+        return int(self.spans[chunk, 0]), int(self.spans[chunk, 1])
+
+    def chunk_text(self, chunk: int) -> str:
+        """The text of a chunk, read without the rest of its document."""
+        return self.run_text(chunk, chunk)
+
+    def run_text(self, first: int, last: int) -> str:
+        """The text from the beginning of one chunk to the end of another of the same document."""
+        document = int(self.document_of(np.array(first)))
+        begin = int(self._text_ends[document - 1]) if document else 0
+        return bytes(self._text[begin + int(self.spans[first, 2]) : begin + int(self.spans[last, 3])]).decode()

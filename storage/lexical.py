@@ -1,0 +1,234 @@
+"""Words: an inverted index by tantivy for the best chunks, and a forward index for the BM25 of any chunk.
+
+Both give the same scores: tantivy's BM25 (Robertson and Zaragoza 2009, k1 = 1.2, b = 0.75) with its rounded lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tantivy
+from jaxtyping import Float32, Int32, UInt64
+from tantivy import Filter, Occur, Query, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
+
+from treemem.kernels import LexicalIndex
+from treemem.storage.files import save_npy, write_npy
+
+K1 = 1.2
+B = 0.75
+MAX_QUERY_TERMS = 1024
+"""A query keeps this many of its rarest terms."""
+LONGEST_WORD = 40
+
+_STEMMERS = {
+    "ar": "arabic", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "fi": "finnish",
+    "fr": "french", "hu": "hungarian", "it": "italian", "nl": "dutch", "no": "norwegian", "pt": "portuguese",
+    "ro": "romanian", "ru": "russian", "sv": "swedish", "ta": "tamil", "tr": "turkish",
+}  # fmt: skip
+_FILES = ("offsets", "terms", "counts", "norms", "vocabulary", "frequencies")
+_TANTIVY_LOCK = ".tantivy-meta.lock"
+_WRITER_BYTES = 64 << 20
+
+
+def analyzer(language: str) -> TextAnalyzer:
+    """Splits at everything that is no letter or digit, folds case and accents, stems where a stemmer is known."""
+    builder = TextAnalyzerBuilder(Tokenizer.simple()).filter(Filter.remove_long(LONGEST_WORD))
+    builder = builder.filter(Filter.lowercase()).filter(Filter.ascii_fold())
+    if language in _STEMMERS:
+        builder = builder.filter(Filter.stemmer(_STEMMERS[language]))
+    return builder.build()
+
+
+def _schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    builder.add_integer_field("chunk", fast=True)
+    builder.add_text_field("text", tokenizer_name="treemem", index_option="freq")
+    return builder.build()
+
+
+def _length_table() -> Int32[np.ndarray, " 256"]:
+    """Lengths that tantivy can store in one byte: exact to 40, then in ever wider steps (Lucene's SmallFloat)."""
+    table = list(range(24))
+    for code in range(256 - 24):
+        bits, shift = code & 7, (code >> 3) - 1
+        table.append(24 + (bits if shift < 0 else (bits | 8) << shift))
+    return np.minimum(table, np.iinfo(np.int32).max).astype(np.int32)
+
+
+class _Hashes:
+    """64-bit hashes of terms, the most used ones remembered. Hashes need no dictionary that grows with the corpus."""
+
+    def __init__(self, remembered: int = 200_000) -> None:
+        self._known: dict[str, int] = {}
+        self._remembered = remembered
+
+    def __call__(self, term: str) -> int:
+        found = self._known.get(term)
+        if found is None:
+            found = int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "little")
+            if len(self._known) >= self._remembered:
+                self._known.clear()
+            self._known[term] = found
+        return found
+
+
+def build_lexical(folder: Path, texts: Iterable[str], chunks: int, language: str) -> None:
+    """Write both indexes of the chunks' texts, given in order, into a folder."""
+    words = analyzer(language)
+    (folder / "bm25").mkdir(parents=True)
+    index = tantivy.Index(_schema(), str(folder / "bm25"))
+    index.register_tokenizer("treemem", words)
+    writer = index.writer(_WRITER_BYTES, 1)
+    hashes = _Hashes()
+    lengths = np.zeros(chunks, np.int64)
+    offsets = np.zeros(chunks + 1, np.int64)
+    with (folder / "hashed").open("wb") as hashed, (folder / "counted").open("wb") as counted:
+        for chunk, text in enumerate(texts):
+            writer.add_document(tantivy.Document(chunk=chunk, text=text))
+            terms = words.analyze(text)
+            entries = sorted((hashes(term), count) for term, count in Counter(terms).items())
+            lengths[chunk] = len(terms)
+            offsets[chunk + 1] = offsets[chunk] + len(entries)
+            hashed.write(np.fromiter((h for h, _ in entries), np.uint64, len(entries)).tobytes())
+            counted.write(np.fromiter((min(c, 65535) for _, c in entries), np.uint16, len(entries)).tobytes())
+    writer.commit()
+    writer.wait_merging_threads()
+    _write_forward(folder, offsets, lengths)
+
+
+def _write_forward(folder: Path, offsets: np.ndarray, lengths: np.ndarray) -> None:
+    """Number the terms by the order of their hashes, so that terms rise within a chunk as their hashes do."""
+    entries = int(offsets[-1])
+    step = 1 << 22
+    hashed = np.memmap(folder / "hashed", np.uint64, "r", shape=(entries,)) if entries else np.empty(0, np.uint64)
+    vocabulary = np.empty(0, np.uint64)
+    for start in range(0, entries, step):
+        vocabulary = np.union1d(vocabulary, hashed[start : start + step])
+    frequencies = np.zeros(len(vocabulary), np.int64)
+
+    def numbered() -> Iterator[np.ndarray]:
+        for start in range(0, entries, step):
+            terms = np.searchsorted(vocabulary, hashed[start : start + step]).astype(np.int32)
+            np.add(frequencies, np.bincount(terms, minlength=len(vocabulary)), out=frequencies)
+            yield terms
+
+    write_npy(_file(folder, "terms"), np.dtype(np.int32), (entries,), numbered())
+    counts = np.fromfile(folder / "counted", np.uint16)
+    table = _length_table()
+    stored = table[np.searchsorted(table, lengths, side="right") - 1]
+    mean = lengths.mean() if len(lengths) and lengths.any() else 1.0
+    norms = (K1 * (1 - B + B * stored / mean)).astype(np.float32)
+    arrays: dict[str, np.ndarray] = {
+        "offsets": offsets,
+        "counts": counts,
+        "norms": norms,
+        "vocabulary": vocabulary,
+        "frequencies": frequencies,
+    }
+    for name, array in arrays.items():
+        save_npy(_file(folder, name), array)
+    del hashed
+    (folder / "hashed").unlink()
+    (folder / "counted").unlink()
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"words-{name}.npy"
+
+
+@dataclass(frozen=True)
+class LexicalQuery:
+    """The known terms of a query."""
+
+    words: tuple[str, ...]
+    terms: Int32[np.ndarray, " t"]
+    """Numbers of the words in the forward index."""
+    weights: Float32[np.ndarray, " t"]
+    """Inverse document frequency times (k1 + 1) times how often the query has the term."""
+
+
+class Lexical:
+    """Both indexes of one snapshot, memory-mapped."""
+
+    def __init__(self, folder: Path, language: str) -> None:
+        """Open what `build_lexical` wrote."""
+        arrays = {name: np.load(_file(folder, name), mmap_mode="r", allow_pickle=False) for name in _FILES}
+        self.index = LexicalIndex(arrays["offsets"], arrays["terms"], arrays["counts"], np.asarray(arrays["norms"]))
+        self.index.check()
+        self._vocabulary: UInt64[np.ndarray, " v"] = arrays["vocabulary"]
+        self.frequencies: np.ndarray = arrays["frequencies"]
+        self._analyzer = analyzer(language)
+        self._hash = _Hashes(10_000)
+        self._schema = _schema()
+        self._links = _links_where_read_only(folder / "bm25")
+        inverted = tantivy.Index(self._schema, self._links.name if self._links else str(folder / "bm25"), reuse=True)
+        inverted.register_tokenizer("treemem", self._analyzer)
+        self._searcher = inverted.searcher()
+
+    def analyze(self, text: str) -> list[str]:
+        """The terms of a text, in order."""
+        return list(self._analyzer.analyze(text))
+
+    def numbers(self, words: list[str]) -> Int32[np.ndarray, " words"]:
+        """Numbers of terms, -1 for those that stand in no chunk."""
+        hashes = np.fromiter((self._hash(word) for word in words), np.uint64, len(words))
+        if len(self._vocabulary) == 0:
+            return np.full(len(words), -1, np.int32)
+        places = np.minimum(np.searchsorted(self._vocabulary, hashes), len(self._vocabulary) - 1)
+        return np.where(self._vocabulary[places] == hashes, places, -1).astype(np.int32)
+
+    def idf(self, terms: Int32[np.ndarray, " t"]) -> np.ndarray:
+        """Inverse document frequency of terms, as in tantivy: ln(1 + (N - n + 0.5) / (n + 0.5))."""
+        found = self.frequencies[terms].astype(np.float64)
+        return np.log1p((self.index.size - found + 0.5) / (found + 0.5))
+
+    def query(self, text: str) -> LexicalQuery:
+        """The terms of a query that stand in some chunk, rarest first, at most MAX_QUERY_TERMS."""
+        counted = Counter(self.analyze(text))
+        words = list(counted)
+        numbers = self.numbers(words)
+        known = np.flatnonzero(numbers >= 0)
+        idf = self.idf(numbers[known])
+        known = known[np.argsort(-idf, kind="stable")][:MAX_QUERY_TERMS]
+        terms = numbers[known]
+        times = np.array([counted[words[i]] for i in known], np.float64)
+        weights = (self.idf(terms) * (K1 + 1) * times).astype(np.float32)
+        return LexicalQuery(tuple(words[i] for i in known), terms, weights)
+
+    def best(self, query: LexicalQuery, k: int) -> tuple[Int32[np.ndarray, " k"], Float32[np.ndarray, " k"]]:
+        """The k chunks with the highest BM25, best first, ties by the smaller chunk: from the inverted index."""
+        if not query.words or k < 1:
+            return np.empty(0, np.int32), np.empty(0, np.float32)
+        idf = self.idf(query.terms) * (K1 + 1)
+        clauses = [
+            (Occur.Should, Query.boost_query(Query.term_query(self._schema, "text", word), float(weight / base)))
+            for word, weight, base in zip(query.words, query.weights, idf, strict=True)
+        ]
+        found = self._searcher.search(Query.boolean_query(clauses), k, count=False).hits
+        chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
+        scores = np.array([score for score, _ in found], np.float32)
+        order = np.lexsort((chunks, -scores))
+        return chunks[order], scores[order]
+
+
+def _links_where_read_only(folder: Path) -> tempfile.TemporaryDirectory[str] | None:
+    """A folder of links to an index that may not be written: tantivy writes a lock file even to read."""
+    if os.access(folder, os.W_OK) and os.access(folder / _TANTIVY_LOCK, os.W_OK):
+        return None
+    links = tempfile.TemporaryDirectory(prefix="treemem-bm25-")
+    for file in folder.iterdir():
+        if not file.name.endswith(".lock"):
+            Path(links.name, file.name).symlink_to(file.resolve())
+    return links
+
+
+def lexical_bytes(folder: Path) -> int:
+    """Size on disk of both indexes."""
+    return sum(f.stat().st_size for f in [*folder.glob("words-*"), *(folder / "bm25").glob("*")])

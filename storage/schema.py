@@ -1,0 +1,77 @@
+"""The arrays of a memory: names, types and chunk shapes of its Zarr hierarchy.
+
+    /                         attributes: format, state, config, encoder, digests
+    /documents/text           uint8    all texts, UTF-8, one after the other
+    /documents/text_ends      int64    where each document's text ends
+    /documents/records        uint8    {"id", "title", "metadata"} of each document as JSON, one after the other
+    /documents/record_ends    int64    where each record ends
+    /documents/hashes         uint8    (documents, 32) SHA-256 of record and text
+    /documents/chunk_ends     int64    how many chunks there are up to and with each document
+    /chunks/spans             int64    (chunks, 4) first and last character, first and last byte in the document's text
+    /chunks/encodings         float16  (chunks, d) what encoder 1 gave for each chunk
+    /levels/K/offsets         int64    (nodes + 1) where the children of each node begin; K = 2, 3, … up to the top
+    /levels/K/children        int32    elements of level K-1
+    /levels/K/vectors         float16  (nodes, d)
+
+Level 1, the contextual vectors of the chunks, is derived: see `treemem.storage.levels.contextual`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: its type, the shape of its rows and how many rows make a storage chunk."""
+
+    dtype: str
+    row: tuple[int, ...]
+    rows_per_chunk: int
+
+
+def document_arrays() -> dict[str, ArraySpec]:
+    """Arrays that hold documents, by path."""
+    return {
+        "documents/text": ArraySpec("uint8", (), 1 << 20),
+        "documents/text_ends": ArraySpec("int64", (), 1 << 14),
+        "documents/records": ArraySpec("uint8", (), 1 << 18),
+        "documents/record_ends": ArraySpec("int64", (), 1 << 14),
+        "documents/hashes": ArraySpec("uint8", (32,), 1 << 12),
+        "documents/chunk_ends": ArraySpec("int64", (), 1 << 14),
+    }
+
+
+def chunk_arrays(dimension: int) -> dict[str, ArraySpec]:
+    """Arrays that hold chunks, by path."""
+    return {
+        "chunks/spans": ArraySpec("int64", (4,), 1 << 14),
+        "chunks/encodings": ArraySpec("float16", (dimension,), max(1, (1 << 20) // (2 * dimension))),
+    }
+
+
+def level_arrays(level: int, dimension: int) -> dict[str, ArraySpec]:
+    """Arrays of one level of nodes, by path."""
+    return {
+        f"levels/{level}/offsets": ArraySpec("int64", (), 1 << 14),
+        f"levels/{level}/children": ArraySpec("int32", (), 1 << 16),
+        f"levels/{level}/vectors": ArraySpec("float16", (dimension,), max(1, (1 << 20) // (2 * dimension))),
+    }
+
+
+def create_array(root: zarr.Group, path: str, spec: ArraySpec, rows: int = 0) -> zarr.Array[Any]:
+    """Make one array. Every storage chunk carries a checksum, so that damage is noticed when it is read."""
+    # Vectors do not compress; their chunks carry the checksum alone.
+    compressors = [Crc32cCodec()] if spec.dtype == "float16" else [ZstdCodec(level=3), Crc32cCodec()]
+    return root.create_array(
+        path,
+        shape=(rows, *spec.row),
+        chunks=(spec.rows_per_chunk, *spec.row),
+        dtype=spec.dtype,
+        compressors=compressors,
+        fill_value=0,
+    )
