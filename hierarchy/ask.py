@@ -13,11 +13,14 @@ from treemem.hierarchy.generate import LanguageModel
 from treemem.hierarchy.prompt import (
     REFUSAL,
     Message,
+    Quote,
+    bear_on,
     build_prompt,
     cite,
-    extractive_answer,
     is_grounded,
     is_refusal,
+    quoted,
+    ranked_sentences,
 )
 from treemem.types import Answer, Context
 
@@ -46,7 +49,7 @@ class AskConfig:
     """How many sentences an extractive answer quotes."""
 
 
-SMALL_MODEL = AskConfig(prompt="short", passage_tokens=500, neighbours=0, max_tokens=64)
+SMALL_MODEL = AskConfig(prompt="short with map", passage_tokens=500, neighbours=0, max_tokens=64)
 """For models under a billion parameters: few passages, examples in place of instructions (`benchmarks/prompts.py`)."""
 
 
@@ -98,11 +101,13 @@ def ask(
     reply = _generate(model, prompt.messages, config.max_tokens, on_text, clock)
     if is_refusal(reply):
         return Answer(REFUSAL, (), context, True, False, False, clock.laps)
-    if not is_grounded(reply, question, context.passages):
-        return _quoted(memory, question, context, config, clock)
-    text, citations = cite(reply, context.passages)
-    clock.lap("cite")
-    return Answer(text, citations, context, True, False, True, clock.laps)
+    if is_grounded(reply, question, context.passages):
+        text, citations = cite(reply, context.passages)
+        borne = bear_on(citations, _ranked(memory, question, context))
+        clock.lap("cite")
+        if borne:
+            return Answer(text, citations, context, True, False, True, clock.laps)
+    return _quoted(memory, question, context, config, clock)
 
 
 class _Clock:
@@ -137,10 +142,16 @@ def _generate(
     return "".join(pieces)
 
 
+def _ranked(memory: Memory, question: str, context: Context) -> list[Quote]:
+    language = memory.info().config.language
+    return ranked_sentences(
+        question, context.passages, lambda texts: memory.encoder.encode(texts, precise=True), language=language
+    )
+
+
 def _quoted(memory: Memory, question: str, context: Context, config: AskConfig, clock: _Clock) -> Answer:
     """The passages' best sentences: what is said without a model, and instead of a reply that nothing bears."""
-    text, citations = extractive_answer(
-        question, context.passages, lambda texts: memory.encoder.encode(texts, precise=True), config.quotes
-    )
+    quotes = _ranked(memory, question, context)[: config.quotes]
+    citations = tuple(quote.citation for quote in quotes)
     clock.lap("quote")
-    return Answer(text, citations, context, True, True, bool(citations), clock.laps)
+    return Answer(quoted(quotes), citations, context, True, True, bool(citations), clock.laps)

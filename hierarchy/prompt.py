@@ -33,6 +33,9 @@ PASSAGE_WEIGHT = 0.6
 PROSE_SHARE = 0.8
 """Least share of letters and blanks in a sentence that is quoted; below are code, tables and lists of numbers."""
 
+BEARING_SENTENCES = 8
+"""A reply must rest on one of so many sentences nearest to the question."""
+
 MOST_SENTENCES = 64
 """How many sentences are embedded for one extractive answer."""
 
@@ -437,6 +440,7 @@ _FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
 _MARK = re.compile(r"\[\s*(?:passages?\s*)?([1-9]\d{0,3}(?:\s*,\s*[1-9]\d{0,3})*)\s*\]", re.IGNORECASE)
 _ENDING = re.compile(r"(?<=\w{3})(?:ies|ing|ed|es|(?<!s)s)$")
+_HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
 _LIST_NUMBER = re.compile(r"^\s*\d{1,3}[.)]\s", re.MULTILINE)
 
 
@@ -493,6 +497,8 @@ class _Sentence:
     """Characters of the passage's text."""
     text: str
     words: frozenset[str]
+    heading: str
+    """The last heading line above it in its passage, without its marks; empty where there is none."""
 
     def cited(self) -> Citation:
         start = self.passage.span[0]
@@ -505,12 +511,71 @@ def _sentences(passages: Iterable[Passage], language: str = "en") -> list[_Sente
     for passage in passages:
         for start, end in sentence_spans(passage.text, language):
             text = passage.text[start:end]
-            found.append(_Sentence(passage, (start, end), text, frozenset(content_words(text))))
+            headings = _HEADING.findall(passage.text, 0, start)
+            heading = headings[-1].strip() if headings else ""
+            found.append(_Sentence(passage, (start, end), text, frozenset(content_words(text)), heading))
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answering with quotes
+
+
+@dataclass(frozen=True)
+class Quote:
+    """A sentence of a passage, and the heading that it stands under."""
+
+    citation: Citation
+    heading: str = ""
+
+
+def ranked_sentences(
+    question: str,
+    passages: Sequence[Passage],
+    embed: Callable[[list[str]], np.ndarray],
+    *,
+    language: str = "en",
+) -> list[Quote]:
+    """The sentences of the passages, those nearest to the question first.
+
+    A sentence's rank is its cosine with the question, plus `OVERLAP_WEIGHT` times the share of the question's content
+    words that it holds, plus `PASSAGE_WEIGHT` times its passage's score. It is read together with the heading above it.
+
+    Args:
+        question: what the user asks.
+        passages: best first.
+        embed: gives unit vectors, float [n, d], of n texts.
+        language: code of the language whose rules cut sentences.
+
+    Returns:
+        At most `MOST_SENTENCES`; sentences that read the same only once.
+    """
+    asked = frozenset(content_words(question))
+    candidates = _distinct(_sentences(passages, language))
+    # Headings, scraps and code say little; they are quoted only where there is nothing else.
+    candidates = [sentence for sentence in candidates if _is_prose(sentence)] or candidates
+    if not candidates:
+        return []
+    known = [sentence.words.union(content_words(sentence.heading)) for sentence in candidates]
+    overlap = [len(asked & words) / max(1, len(asked)) for words in known]
+    if len(candidates) > MOST_SENTENCES:
+        best = sorted(sorted(range(len(candidates)), key=lambda i: (-overlap[i], i))[:MOST_SENTENCES])
+        candidates, overlap = [candidates[i] for i in best], [overlap[i] for i in best]
+    texts = [_one_line(f"{sentence.heading} {sentence.text}") for sentence in candidates]
+    vectors = np.asarray(embed([question, *texts]), dtype=np.float32)
+    scores = vectors[1:] @ vectors[0] + OVERLAP_WEIGHT * np.asarray(overlap, dtype=np.float32)
+    scores += PASSAGE_WEIGHT * np.asarray([sentence.passage.score for sentence in candidates], dtype=np.float32)
+    order = np.argsort(-scores, kind="stable")
+    return [Quote(candidates[int(i)].cited(), candidates[int(i)].heading) for i in order]
+
+
+def quoted(quotes: Sequence[Quote]) -> str:
+    """Quotes as an answer, one `heading: "…" [n]` a line; the refusal where there are none."""
+    lines = []
+    for quote in quotes:
+        heading = f"{_one_line(quote.heading)}: " if quote.heading else ""
+        lines.append(f'{heading}"{_one_line(quote.citation.text)}" [{quote.citation.number}]')
+    return "\n".join(lines) or REFUSAL
 
 
 def extractive_answer(
@@ -521,38 +586,13 @@ def extractive_answer(
     *,
     language: str = "en",
 ) -> tuple[str, tuple[Citation, ...]]:
-    """Answer with the sentences of the passages that are nearest to the question, quoted and cited.
-
-    A sentence's rank is its cosine with the question, plus `OVERLAP_WEIGHT` times the share of the question's content
-    words that it holds, plus `PASSAGE_WEIGHT` times its passage's score.
-
-    Args:
-        question: what the user asks.
-        passages: best first.
-        embed: gives unit vectors, float [n, d], of n texts.
-        top: how many sentences to quote.
-        language: code of the language whose rules cut sentences.
+    """Answer with the `top` sentences that `ranked_sentences` puts first, quoted and cited.
 
     Returns:
-        The quotes, best first, as `"…" [n]`, and their citations; the refusal and nothing where there is no sentence.
+        The quotes, best first, and their citations; the refusal and nothing where there is no sentence.
     """
-    asked = frozenset(content_words(question))
-    candidates = _distinct(_sentences(passages, language))
-    # Headings and scraps say little; they are quoted only where there is nothing else.
-    candidates = [s for s in candidates if _is_prose(s)] or candidates
-    if not candidates:
-        return REFUSAL, ()
-    overlap = [len(asked & sentence.words) / max(1, len(asked)) for sentence in candidates]
-    if len(candidates) > MOST_SENTENCES:
-        best = sorted(sorted(range(len(candidates)), key=lambda i: (-overlap[i], i))[:MOST_SENTENCES])
-        candidates, overlap = [candidates[i] for i in best], [overlap[i] for i in best]
-    vectors = np.asarray(embed([question, *(_one_line(sentence.text) for sentence in candidates)]), dtype=np.float32)
-    scores = vectors[1:] @ vectors[0] + OVERLAP_WEIGHT * np.asarray(overlap, dtype=np.float32)
-    scores += PASSAGE_WEIGHT * np.asarray([sentence.passage.score for sentence in candidates], dtype=np.float32)
-    order = np.argsort(-scores, kind="stable")[:top]
-    chosen = [candidates[int(i)] for i in order]
-    text = "\n".join(f'"{_one_line(sentence.text)}" [{sentence.passage.number}]' for sentence in chosen)
-    return text, tuple(sentence.cited() for sentence in chosen)
+    chosen = ranked_sentences(question, passages, embed, language=language)[:top]
+    return quoted(chosen), tuple(quote.citation for quote in chosen)
 
 
 def _is_prose(sentence: _Sentence) -> bool:
@@ -625,6 +665,12 @@ def is_refusal(reply: str) -> bool:
     start, end = sentence_spans(bare)[0]
     first = bare[start:end]
     return REFUSAL.rstrip(".").casefold() in first.casefold() or bool(_REFUSING.search(first))
+
+
+def bear_on(citations: Iterable[Citation], ranked: Sequence[Quote], nearest: int = BEARING_SENTENCES) -> bool:
+    """Whether any cited sentence is among the `nearest` to the question: words alone may be borne by the wrong one."""
+    near = {(quote.citation.document.id, quote.citation.text.casefold()) for quote in ranked[:nearest]}
+    return any((citation.document.id, citation.text.casefold()) in near for citation in citations)
 
 
 def cite(reply: str, passages: Sequence[Passage]) -> tuple[str, tuple[Citation, ...]]:

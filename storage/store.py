@@ -16,6 +16,7 @@ from typing import Any, Literal
 import icechunk
 import numpy as np
 import zarr
+import zarr.errors
 from jaxtyping import Float, Int
 
 from treemem.config import FORMAT_VERSION, TreeConfig
@@ -74,7 +75,9 @@ def _explained(path: Path, error: Exception) -> StoreError:
         return StoreError(f"{path}: permission denied; check who owns the folder and whether it may be written")
     lines = [line.strip(" |\n").removeprefix("x ") for line in text.splitlines() if line.strip(" |\n")]
     reason = lines[0][:200] if lines else type(error).__name__
-    if isinstance(error, OSError):
+    if isinstance(error, zarr.errors.NodeNotFoundError):  # also an OSError, of zarr's own making
+        reason = "arrays are missing"
+    elif isinstance(error, OSError):
         return StoreError(f"{path}: {error.strerror or reason}; check the path and the disk")
     return DamagedMemory(
         f"{path}: stored data cannot be read ({reason}); restore the folder from a copy or build it again"

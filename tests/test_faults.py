@@ -57,7 +57,7 @@ def messages(output: Path) -> list[str]:
 
 def test_killed_at_random_moments_and_continued(tmp_path: Path, forks: Forks) -> None:
     """The real encoder, SIGKILL after random times, the same command again, until a build comes to its end."""
-    job = Job(documents=60, sentences=12, encoder="minilm", commit_chunks=24)
+    job = Job(documents=40, sentences=12, encoder="minilm", commit_chunks=16)
     assert forks.run(replace(job, path=str(tmp_path / "first"), documents=1)) == 0  # the encoder is loaded
     started = time.monotonic()
     assert forks.run(replace(job, path=str(tmp_path / "whole"))) == 0
@@ -128,7 +128,7 @@ def test_killed_at_a_chosen_moment_and_continued(tmp_path: Path, forks: Forks, w
 def test_interrupted_with_control_c(tmp_path: Path, forks: Forks) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for document in documents(120, 12):
+    for document in documents(80, 12):
         (folder / f"{document.id}.txt").write_text(document.text)
     arguments = ("build", str(tmp_path / "m"), str(folder), "--chunk-tokens", "40", "--json")
     job = Job(arguments=arguments, encoder_command=True, commit_chunks=24, output=str(tmp_path / "first"))
@@ -146,11 +146,11 @@ def test_interrupted_with_control_c(tmp_path: Path, forks: Forks) -> None:
     kept = Store.open(tmp_path / "m")
     assert not kept.finished
     stored = kept.info().documents
-    assert 0 < stored < 120
+    assert 0 < stored < 80
     again = Job(arguments=arguments, encoder_command=True, commit_chunks=24, output=str(tmp_path / "second"))
     assert forks.run(again) == 0, told(tmp_path / "second")
     printed = json.loads((tmp_path / "second.out").read_text())
-    assert printed["memory"]["documents"] == 120
+    assert printed["memory"]["documents"] == 80
 
 
 # ---- damaged
@@ -172,7 +172,7 @@ def test_commands_on_a_damaged_memory(tmp_path: Path, forks: Forks, whole: Path)
     generator = random.Random(5)
     path = tmp_path / "m"
     refused = 0
-    for round_ in range(24):
+    for round_ in range(12):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(whole, path)
         if round_ % 4:
@@ -196,7 +196,7 @@ def test_commands_on_a_damaged_memory(tmp_path: Path, forks: Forks, whole: Path)
             assert len(messages(output)) == 1
             assert "Traceback" not in told(output)
             assert str(path) in told(output)
-    assert refused >= 20
+    assert refused >= 10
 
 
 def hits(output: Path) -> object:
@@ -331,6 +331,7 @@ def test_a_memory_that_may_not_be_read(tmp_path: Path, forks: Forks, whole: Path
             assert str(path) in message
             if part != path:  # that one the reading of the command line refuses
                 assert code == 1
+            if part == path / "store":
                 assert message.endswith("permission denied; check who owns the folder and whether it may be written")
         part.chmod(0o755)
 

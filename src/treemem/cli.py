@@ -296,7 +296,7 @@ def evaluate(
 
 QUESTIONS = (
     "How do I merge several sorted inputs into one sorted stream?",
-    "Which exception is raised when JSON text cannot be decoded?",
+    "How can I remove the common indentation from the lines of a text?",
     "How can I find the median of a list of numbers?",
 )
 
