@@ -11,10 +11,15 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from treemem import Memory
+from treemem.evaluation.dataset import EvalQuery
+from treemem.evaluation.metrics import hit_at_k, right_chunks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,8 +39,9 @@ PACKAGES = (
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
+    given = os.environ.get("TREEMEM_DATA")
     parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("TREEMEM_DATA", ROOT.parent / "shared" / "data"))
+        "--data", type=Path, default=given and Path(given), required=not given, help="the data sets; or $TREEMEM_DATA"
     )
     parser.add_argument("--memories", type=Path, default=Path("memories"), help="folder of memories, one per data set")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,6 +92,20 @@ def save(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> N
     path.with_suffix(".tmp").write_text(json.dumps(document, indent=1) + "\n")
     path.with_suffix(".tmp").rename(path)
     print(f"written: {path.relative_to(ROOT)}")
+
+
+def hits(memory: Memory, queries: Sequence[EvalQuery], found: Iterable[np.ndarray]) -> dict[str, float]:
+    """hit@1 and hit@10 of chunks, best first, for every query."""
+    rows = []
+    for query, chunks in zip(queries, found, strict=True):
+        numbers = {d: memory.image.number_of(d) for d in (*query.relevant, *query.spans)}
+        spans = {numbers[d]: own for d, own in query.spans.items()} if query.judged_by != "documents" else None
+        relevant = [numbers[d] for d in query.relevant]
+        chunks = chunks[chunks >= 0]
+        right = right_chunks(memory.image.document_of(chunks), memory.image.spans[chunks, :2], relevant, spans)
+        rows.append((hit_at_k(right, 1), hit_at_k(right, 10)))
+    means = np.mean(rows, axis=0)
+    return {"hit@1": round(float(means[0]), 4), "hit@10": round(float(means[1]), 4)}
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,36 @@ from treemem.evaluation.metrics import contained, exact_match, token_f1
 from treemem.hierarchy.ask import AskConfig
 from treemem.hierarchy.context import labelled, passages
 from treemem.hierarchy.generate import LanguageModel
-from treemem.hierarchy.prompt import PROMPTS, build_prompt, extractive_answer, grounded_share, is_grounded, is_refusal
+from treemem.hierarchy.prompt import (
+    PROMPTS,
+    REFUSAL,
+    SHORT_EXAMPLES,
+    PromptExample,
+    PromptStyle,
+    build_prompt,
+    grounded_share,
+    is_grounded,
+    is_refusal,
+    prose,
+    quoted,
+    ranked_sentences,
+)
 
+RIVER, BAKER, _ = SHORT_EXAMPLES
+SENTENCES = (
+    replace(RIVER, reply="The Vell is 212 km long [1]."),
+    PromptExample("Who built the lighthouse of Orm?", ("Orm: Orm is a fishing village of 300 people.",), REFUSAL),
+    replace(BAKER, reply="She closed it because there was no flour to be had [2]."),
+)
+STYLES = {
+    **PROMPTS,
+    "passages": replace(PROMPTS["map"], map_labels=0, passages=4),
+    "examples": PromptStyle(PROMPTS["map"].system, map_labels=0, passages=4, examples=SENTENCES),
+    "short": replace(PROMPTS["short with map"], map_labels=0),
+    "brief": PromptStyle(
+        "Read the text and answer the question with a short phrase from the text.", map_labels=0, passages=3
+    ),
+}
 # Style, chunks taken along on each side, tokens for passages.
 VARIANTS = (
     ("map", 1, 900), ("map", 0, 500), ("passages", 1, 900), ("passages", 0, 500), ("examples", 0, 500),
@@ -45,11 +74,12 @@ def replies(
         for style, neighbours, budget in variants:
             found = passages(memory.image, result.hits, model.count_tokens, budget, neighbours)
             prompt = build_prompt(query.text, levels, found, model.count_tokens, model.context_tokens - max_tokens,
-                                  style=style, markers=model.control_markers)  # fmt: skip
+                                  style=STYLES[style], markers=model.control_markers)  # fmt: skip
             begin = time.perf_counter()
             reply = "".join(model.stream(prompt.messages, max_tokens)).strip()
             shown = prompt.context.passages
-            quote, _ = extractive_answer(query.text, shown, lambda t: memory.encoder.encode(t, precise=True), 1)
+            ranked = ranked_sentences(query.text, shown, lambda t: memory.encoder.encode(t, precise=True))
+            quote = quoted(prose(ranked)[:1])
             rows.append({
                 "question": query.text, "golds": list(query.answers),
                 "variant": f"{style}, neighbours {neighbours}, {budget} tokens",
@@ -110,7 +140,7 @@ def main() -> None:
         rows = replies(memory, queries, model, options.max_tokens, options.log, chosen)
         sets[f"{name} {split}"] = {"questions": len(queries), "variants": table(rows)}
         print(json.dumps(sets, indent=1))
-    save("prompts", {"sets": sets, "styles": sorted(PROMPTS)}, options)
+    save("prompts", {"sets": sets, "styles": sorted(STYLES)}, options)
 
 
 if __name__ == "__main__":

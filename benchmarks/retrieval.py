@@ -8,11 +8,10 @@ from typing import Any
 
 import faiss
 import numpy as np
-from common import RESULTS, arguments, save
+from common import RESULTS, arguments, hits, save
 
 from treemem import Memory
 from treemem.evaluation import EvalSet, evaluate, load_set
-from treemem.evaluation.metrics import hit_at_k, right_chunks
 from treemem.storage.levels import as_float32
 
 # Set, splits, whether searched inside the document that a question is about.
@@ -25,7 +24,14 @@ RUNS: tuple[tuple[str, str | None, bool], ...] = (
     ("qmsum", "test", True),
     ("wiki_multi", "dev,test", False),
 )
-MODES = ("walk", "exact", "bm25", "rrf", "hybrid", "exact+bm25", "deep")
+DEVELOPMENT: tuple[tuple[str, str | None, bool], ...] = (
+    ("medquad", "dev", False),
+    ("fairytaleqa", "dev", False),
+    ("scifact", "train", False),
+)
+"""For choosing; the test splits are for the end."""
+MODES = ("walk", "exact", "bm25", "rrf", "hybrid", "exact+bm25")
+DEEP_QUERIES = 400
 
 
 def plain_peers(memory: Memory, questions: EvalSet) -> dict[str, dict[str, float]]:
@@ -41,15 +47,7 @@ def plain_peers(memory: Memory, questions: EvalSet) -> dict[str, dict[str, float
     for name, index in {"exact, plain vectors": flat, "HNSW M=32 ef 64, plain vectors": hnsw}.items():
         faiss.cvar.hnsw_stats.reset()
         found = index.search(queries, 10)[1]
-        hits = []
-        for query, chunks in zip(questions.queries, found, strict=True):
-            numbers = {d: memory.image.number_of(d) for d in (*query.relevant, *query.spans)}
-            spans = {numbers[d]: own for d, own in query.spans.items()} if query.judged_by != "documents" else None
-            relevant = [numbers[d] for d in query.relevant]
-            right = right_chunks(memory.image.document_of(chunks), memory.image.spans[chunks, :2], relevant, spans)
-            hits.append((hit_at_k(right, 1), hit_at_k(right, 10)))
-        means = np.mean(hits, axis=0)
-        out[name] = {"hit@1": float(means[0]), "hit@10": float(means[1])}
+        out[name] = hits(memory, questions.queries, found)
         if index is hnsw:
             out[name]["scored"] = faiss.cvar.hnsw_stats.ndis / len(queries)
     return out
@@ -57,9 +55,11 @@ def plain_peers(memory: Memory, questions: EvalSet) -> dict[str, dict[str, float
 
 def summary(document: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    lines = ["| set | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+    columns = (*MODES, "hybrid, some queries", "deep, the same")
+    lines = ["| set | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, run in document["runs"].items():
-        cells = [f"{run['modes'][m]['hit@1']:.3f} / {run['modes'][m]['hit@10']:.3f}" for m in MODES]
+        rows = [*(run["modes"][mode] for mode in MODES), *(run["deep"]["modes"][mode] for mode in ("hybrid", "deep"))]
+        cells = [f"{row['hit@1']:.3f} / {row['hit@10']:.3f}" for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -68,22 +68,31 @@ def main() -> None:
     """Run the sets whose memories are there, and put the figures beside those measured before."""
     parser = arguments(__doc__)
     parser.add_argument("--sets", nargs="*", help="only these sets")
+    parser.add_argument("--development", action="store_true", help="the development splits, for choosing")
+    parser.add_argument("--max-queries", type=int)
     options = parser.parse_args()
-    path = RESULTS / "retrieval.json"
+    result = "retrieval-development" if options.development else "retrieval"
+    path = RESULTS / f"{result}.json"
     runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
-    for name, split, inside in RUNS:
+    for name, split, inside in DEVELOPMENT if options.development else RUNS:
         place = Path(options.memories) / name
         if not place.exists() or (options.sets and name not in options.sets):
             continue
         key = f"{name} {split or 'all'}" + (", within the document" if inside else "")
         memory = Memory.open(place)
         questions = load_set(options.data / name, split=split)
-        report = evaluate(memory, questions, MODES, within_document=inside, seed=options.seed)
+        most = options.max_queries
+        report = evaluate(memory, questions, MODES, within_document=inside, max_queries=most, seed=options.seed)
         runs[key] = report.to_json()
-        runs[key].get("settings", {}).pop("memory", None)
+        # Level 0 encodes 32 chunks a query, so it is measured on fewer, beside hybrid on the same.
+        most = min(most or DEEP_QUERIES, DEEP_QUERIES)
+        deep = evaluate(
+            memory, questions, ("hybrid", "deep"), within_document=inside, max_queries=most, seed=options.seed
+        )
+        runs[key]["deep"] = {"queries": deep.to_json()["queries"], "modes": deep.to_json()["modes"]}
         if name == "medquad":
             runs[key]["peers"] = plain_peers(memory, questions)
-        save("retrieval", {"runs": runs}, options)
+        save(result, {"runs": runs}, options)
         print(summary({"runs": {key: runs[key]}}), flush=True)
 
 

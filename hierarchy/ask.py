@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treemem.config import SearchConfig
+from treemem.errors import InputError
 from treemem.hierarchy.context import labelled, passages
+from treemem.hierarchy.embed import DEFAULT_ENCODER
 from treemem.hierarchy.generate import LanguageModel
 from treemem.hierarchy.prompt import (
     REFUSAL,
@@ -18,14 +20,22 @@ from treemem.hierarchy.prompt import (
     build_prompt,
     cite,
     is_grounded,
+    is_marked,
     is_refusal,
+    prose,
     quoted,
     ranked_sentences,
+    without_thoughts,
 )
 from treemem.types import Answer, Context
 
 if TYPE_CHECKING:
     from treemem.hierarchy.memory import Memory
+
+
+DEFAULT_THRESHOLD = 1.7
+"""Below this score of the best hit a memory does not hold the answer. Measured in mode `deep` with the default encoder
+by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 75% of foreign ones."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,18 @@ class AskConfig:
     """How many nodes of each level get a label."""
     max_tokens: int = 160
     """Longest reply."""
-    threshold: float = 1.7
-    """Least score of the best hit in mode `deep`; below it the memory does not hold the answer. Measured for the
-    default encoder by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 75% of foreign ones."""
+    threshold: float | None = None
+    """Least score of the best hit; below it the memory does not hold the answer. None: `DEFAULT_THRESHOLD` in mode
+    `deep` with the default encoder, for which it was measured, otherwise none at all."""
     quotes: int = 2
     """How many sentences an extractive answer quotes."""
+
+    def __post_init__(self) -> None:
+        least = {"passage_tokens": 1, "neighbours": 0, "labels": 0, "max_tokens": 1, "quotes": 1}
+        for field, accepted in least.items():
+            value = getattr(self, field)
+            if value < accepted:
+                raise InputError(f"{field} = {value!r}: it must be at least {accepted}")
 
 
 SMALL_MODEL = AskConfig(prompt="short with map", passage_tokens=500, neighbours=0, max_tokens=64)
@@ -85,29 +102,38 @@ def ask(
     result = memory.search_many([question], search, within=within)[0]
     question = result.query  # as tokenizers take it
     clock.lap("search")
-    if not result.hits or (search.mode == "deep" and result.hits[0].score < config.threshold):
+    threshold = _threshold(memory, search, config)
+    if not result.hits or (threshold is not None and result.hits[0].score < threshold):
         return Answer(REFUSAL, (), Context(result.gathered, ()), True, False, False, clock.laps)
     count = model.count_tokens if model else lambda text: len(text) // 4
     found = passages(memory.image, result.hits, count, config.passage_tokens, config.neighbours)
     context = Context(labelled(memory.image, result.gathered, config.labels), found)
     clock.lap("context")
     if model is None:
-        return _quoted(memory, question, context, config, clock)
+        return _quoted(_ranked(memory, question, context), context, config, clock)
     budget = model.context_tokens - config.max_tokens
     prompt = build_prompt(
         question, context.levels, found, model.count_tokens, budget, style=config.prompt, markers=model.control_markers
     )
     context = Context(context.levels, prompt.context.passages)
-    reply = _generate(model, prompt.messages, config.max_tokens, on_text, clock)
-    if is_refusal(reply):
+    reply = without_thoughts(_generate(model, prompt.messages, config.max_tokens, on_text, clock))
+    grounded = is_grounded(reply, question, context.passages)
+    if is_refusal(reply, borne=grounded and is_marked(reply, context.passages)):
         return Answer(REFUSAL, (), context, True, False, False, clock.laps)
-    if is_grounded(reply, question, context.passages):
-        text, citations = cite(reply, context.passages)
-        borne = bear_on(citations, _ranked(memory, question, context))
+    ranked = _ranked(memory, question, context)
+    if grounded:
+        text, citations = cite(reply, context.passages, language=memory.config.language)
+        borne = bear_on(citations, ranked)
         clock.lap("cite")
         if borne:
             return Answer(text, citations, context, True, False, True, clock.laps)
-    return _quoted(memory, question, context, config, clock)
+    return _quoted(ranked, context, config, clock)
+
+
+def _threshold(memory: Memory, search: SearchConfig, config: AskConfig) -> float | None:
+    """The least score that applies, None for none."""
+    measured = search.mode == "deep" and memory.encoder_name == DEFAULT_ENCODER
+    return DEFAULT_THRESHOLD if config.threshold is None and measured else config.threshold
 
 
 class _Clock:
@@ -143,15 +169,16 @@ def _generate(
 
 
 def _ranked(memory: Memory, question: str, context: Context) -> list[Quote]:
-    language = memory.info().config.language
+    """The passages' sentences, those nearest to the question first."""
+    language = memory.config.language
     return ranked_sentences(
         question, context.passages, lambda texts: memory.encoder.encode(texts, precise=True), language=language
     )
 
 
-def _quoted(memory: Memory, question: str, context: Context, config: AskConfig, clock: _Clock) -> Answer:
+def _quoted(ranked: Sequence[Quote], context: Context, config: AskConfig, clock: _Clock) -> Answer:
     """The passages' best sentences: what is said without a model, and instead of a reply that nothing bears."""
-    quotes = _ranked(memory, question, context)[: config.quotes]
+    quotes = prose(ranked)[: config.quotes]
     citations = tuple(quote.citation for quote in quotes)
     clock.lap("quote")
     return Answer(quoted(quotes), citations, context, True, True, bool(citations), clock.laps)

@@ -39,6 +39,8 @@ def build(
     encoder: Encoder,
     config: TreeConfig,
     progress: Progress = no_progress,
+    *,
+    distinct: bool = False,
 ) -> None:
     """Build a memory, or continue a build that was interrupted.
 
@@ -48,6 +50,7 @@ def build(
         encoder: encoder 1.
         config: how the tree is built.
         progress: told about chunks encoded (of those cut so far), levels grown and the image written.
+        distinct: whether the documents' ids are known to differ.
 
     Raises:
         StoreError: a whole memory is there already, or another process is building it.
@@ -59,10 +62,11 @@ def build(
     """
     if config.chunk_tokens > encoder.longest:
         raise InputError(f"chunk_tokens = {config.chunk_tokens}: encoder {encoder.name!r} takes {encoder.longest}")
-    _require_free(path)
+    require_free(path)
     with _alone(path):
         store = _open_or_create(path, encoder, config)
-        remaining = _skip_stored(store, _checked(documents))
+        checked = _checked(documents)
+        remaining = _skip_stored(store, checked if distinct else _distinct(checked), progress)
         if store.finished:
             _only_image(store, remaining, config, progress)
             return
@@ -70,9 +74,12 @@ def build(
         _finish(store, config, progress)
 
 
-def _require_free(path: Path) -> None:
-    """Refuse a path where something else lies; what an interrupted build left there is none of that."""
+def require_free(path: Path) -> None:
+    """Raise StoreError where a memory or something else lies; what an interrupted build left is neither."""
     if Store.exists(path):
+        store = Store.open(path)
+        if store.finished and image_folder(store, store.info().snapshot).exists():
+            raise _taken(path)
         return
     with guard(path):
         other = path.exists() and (
@@ -80,6 +87,10 @@ def _require_free(path: Path) -> None:
         )
     if other:
         raise StoreError(f"{path}: there is something else at this path; choose another")
+
+
+def _taken(path: Path) -> StoreError:
+    return StoreError(f"{path}: a memory is there already; choose another path or remove it first")
 
 
 @contextmanager
@@ -103,8 +114,10 @@ def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig) -> Store:
         return Store.create(path, config, asdict(encoder.info))
     store = Store.open(path)
     info = store.info()
-    if store.finished and image_folder(store, info.snapshot).exists():
-        raise StoreError(f"{path}: a memory is there already; choose another path or remove it first")
+    if info.state == "complete" and not store.finished:  # killed when all was written, but not yet visible
+        store.publish()
+    if store.finished and (info.config != config or image_folder(store, info.snapshot).exists()):
+        raise _taken(path)
     check_encoder(path, info.encoder, encoder)
     if info.config != config:
         raise InputError(f"{path}: its interrupted build has other settings; use {info.config} or another path")
@@ -123,7 +136,6 @@ def check_encoder(path: Path, recorded: dict[str, object], encoder: Encoder) -> 
 
 def _checked(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents, each looked at before anything is done with it."""
-    seen: set[bytes] = set()
     for number, document in enumerate(documents, 1):
         if not isinstance(document, Document):
             raise InputError(f"document {number}: it is of type {type(document).__name__}, not treemem.Document")
@@ -135,7 +147,13 @@ def _checked(documents: Iterable[Document]) -> Iterator[Document]:
                 f"document {document.id!r}: its text has half a character (a lone surrogate), which no file can hold; "
                 "replace it: text.encode('utf-8', 'replace').decode()"
             )
-        # A digest takes less room than an id, and there may be millions.
+        yield document
+
+
+def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents, as long as their ids differ. Holds some 100 bytes for each, however long the ids are."""
+    seen: set[bytes] = set()
+    for document in documents:
         digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
         if digest in seen:
             raise InputError(f"document {document.id!r}: given twice; ids must differ")
@@ -143,11 +161,16 @@ def _checked(documents: Iterable[Document]) -> Iterator[Document]:
         yield document
 
 
-def _skip_stored(store: Store, documents: Iterator[Document]) -> Iterator[Document]:
+def _skip_stored(store: Store, documents: Iterator[Document], progress: Progress) -> Iterator[Document]:
     """Pass over the documents that are committed already, checking that they are the same."""
-    for number, expected in enumerate(store.read("documents/hashes")):
+    hashes = store.read("documents/hashes")
+    for number, expected in enumerate(hashes):
+        if number % 256 == 255:
+            progress("comparing documents", number, len(hashes))
         document = next(documents, None)
         if document is None or document_hash(document) != expected.tobytes():
+            if store.finished:
+                raise _taken(store.path)
             what = "is missing" if document is None else f"({document.id!r}) differs"
             raise InputError(
                 f"{store.path}: the interrupted build cannot be continued: document {number + 1} {what}; "
@@ -159,7 +182,7 @@ def _skip_stored(store: Store, documents: Iterator[Document]) -> Iterator[Docume
 def _only_image(store: Store, remaining: Iterator[Document], config: TreeConfig, progress: Progress) -> None:
     """What is left of a build that was interrupted while it wrote the serving image."""
     if next(remaining, None) is not None:
-        raise StoreError(f"{store.path}: a memory is there already; choose another path or remove it first")
+        raise _taken(store.path)
     write_image(store, config, progress)
 
 
@@ -186,6 +209,9 @@ def _batches(documents: Iterator[Document], encoder: Encoder, config: TreeConfig
     chunks = characters = 0
     for document in documents:
         spans = cut(document.text, encoder.token_spans, config.chunk_tokens, config.language)
+        if batch and len(spans) >= COMMIT_CHUNKS:  # what was gathered need not wait for a book
+            yield batch
+            batch, chunks, characters = [], 0, 0
         batch.append(NewDocument(document, spans))
         chunks += len(spans)
         characters += len(document.text)
@@ -199,13 +225,10 @@ def _batches(documents: Iterator[Document], encoder: Encoder, config: TreeConfig
 def _finish(store: Store, config: TreeConfig, progress: Progress) -> None:
     """Grow the tree over all chunks, make the memory visible and write its serving image."""
     with guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
-        vectors = contextual_file(store, config.alpha, scratch / "level-1")
-        if store.info().state == "complete":  # killed when the nodes were written, but the memory not yet visible
-            store.publish()
-        else:
-            levels = grow(vectors, config.fanout, config.spill, config.seed, progress)
-            info = store.info()
-            store.finish(levels, f"build: {info.documents:,} documents, {info.chunks:,} chunks")
+        vectors = contextual_file(store, config.alpha, scratch / "level-1", progress)
+        levels = grow(vectors, config.fanout, config.spill, config.seed, progress)
+        info = store.info()
+        store.finish(levels, f"build: {info.documents:,} documents, {info.chunks:,} chunks", progress)
         build_image(store, vectors, progress)
 
 
@@ -215,10 +238,10 @@ def write_image(store: Store, config: TreeConfig, progress: Progress = no_progre
     Raises DamagedMemory and OutOfSpace as `build_image` does.
     """
     with guard(store.path, ()), work_folder(store.path, "imaging-") as scratch:
-        return build_image(store, contextual_file(store, config.alpha, scratch / "level-1"), progress)
+        return build_image(store, contextual_file(store, config.alpha, scratch / "level-1", progress), progress)
 
 
-def contextual_file(store: Store, alpha: float, path: Path) -> np.ndarray:
+def contextual_file(store: Store, alpha: float, path: Path, progress: Progress = no_progress) -> np.ndarray:
     """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes."""
     chunk_ends = store.read("documents/chunk_ends")
     encodings = store.array("chunks/encodings")
@@ -229,6 +252,8 @@ def contextual_file(store: Store, alpha: float, path: Path) -> np.ndarray:
         with path.open("wb") as file:
             for first, last in document_runs(chunk_ends, CONTEXT_ROWS):
                 begin = int(chunk_ends[first - 1]) if first else 0
+                if begin:
+                    progress("adding context", begin, encodings.shape[0])
                 rows = np.asarray(encodings[begin : int(chunk_ends[last - 1])])
                 file.write(contextual(rows, chunk_ends[first:last] - begin, alpha).data)
         return np.memmap(path, np.float16, "r", shape=encodings.shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -15,13 +17,33 @@ from treemem.storage.image import Image
 from treemem.types import GatheredLevel, GatheredNode, Hit, Passage
 
 LABEL_WORDS = 5
+LABEL_CHUNKS = 2000
+"""At most so many chunks, evenly spaced, are looked at for a label."""
+LABELS_KEPT = 10_000
+"""How many labels of an image are kept for the next question."""
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _LOOKED_AT = 4
 """In how many chunks the written form of a stem is looked for."""
+_labels: WeakKeyDictionary[Image, dict[tuple[int, int], str]] = WeakKeyDictionary()
+_labels_lock = threading.Lock()
 
 
 def label(image: Image, level: int, node: int) -> str:
-    """The most telling words of the chunks below a node of level 2 or higher.
+    """The most telling words of the chunks below a node of level 2 or higher; made once, then kept while it is used."""
+    with _labels_lock:
+        known = _labels.setdefault(image, {})
+        if (level, node) in known:
+            return known[level, node]
+    made = _made_label(image, level, node)
+    with _labels_lock:
+        known[level, node] = made
+        while len(known) > LABELS_KEPT:
+            del known[next(iter(known))]
+    return made
+
+
+def _made_label(image: Image, level: int, node: int) -> str:
+    """The words that tell most of the chunks below a node.
 
     A term's weight is its part in the relative entropy of the node and the memory (Tomokiyo and Hurst 2003, section
     3.1): the share of the node's chunks that hold it, times the logarithm of how many times their share in the whole
@@ -29,13 +51,18 @@ def label(image: Image, level: int, node: int) -> str:
     """
     index = image.lexical.index
     chunks = subtree(image, level, node)
-    entries = np.concatenate([index.terms[index.offsets[c] : index.offsets[c + 1]] for c in chunks])
+    if len(chunks) > LABEL_CHUNKS:
+        chunks = chunks[np.linspace(0, len(chunks) - 1, LABEL_CHUNKS).astype(np.int64)]
+    begins, lengths = index.offsets[chunks], index.offsets[chunks + 1] - index.offsets[chunks]
+    holders = np.repeat(chunks, lengths)
+    entries = index.terms[np.arange(len(holders)) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)]
     terms, counts = np.unique(entries, return_counts=True)
     shares = counts / len(chunks)
     weights = shares * np.log(shares * image.chunks / image.lexical.frequencies[terms])
     words: list[str] = []
     for place in np.argsort(-weights, kind="stable")[: 4 * LABEL_WORDS]:
-        written = _written(image, int(terms[place]), chunks)
+        term = terms[place]
+        written = _written(image, int(term), holders[entries == term][:_LOOKED_AT])
         if content_words(written) and written not in words:
             words.append(written)
         if len(words) == LABEL_WORDS:
@@ -44,22 +71,13 @@ def label(image: Image, level: int, node: int) -> str:
 
 
 def _written(image: Image, term: int, chunks: np.ndarray) -> str:
-    """The commonest written form of a stemmed term in a few of the chunks that hold it; empty for numbers."""
-    index = image.lexical.index
+    """The commonest written form of a stemmed term in chunks that hold it; empty for numbers."""
     forms: Counter[str] = Counter()
-    looked = 0
     for chunk in chunks:
-        own = index.terms[index.offsets[chunk] : index.offsets[chunk + 1]]
-        place = int(np.searchsorted(own, term))
-        if place == len(own) or own[place] != term:
-            continue
         words = _WORD.findall(image.chunk_text(int(chunk)))
         stems = [image.lexical.analyze(word) for word in words]
         numbers = image.lexical.numbers([stem[0] if len(stem) == 1 else "" for stem in stems])
         forms.update(word.lower() for word, number in zip(words, numbers, strict=True) if number == term)
-        looked += 1
-        if looked == _LOOKED_AT:
-            break
     return min(forms, key=lambda form: (-forms[form], form)) if forms else ""
 
 

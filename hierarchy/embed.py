@@ -18,12 +18,13 @@ from treemem.errors import ModelError, UnknownModel
 from treemem.types import Span
 
 if TYPE_CHECKING:
-    import torch
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_ENCODER = "minilm"
 BATCH_TOKENS = 32 * 128
 """Padded tokens in one forward pass."""
+_PROBE = "The quick brown Fox, naïve café: 3.14 €; 日本 don't"
+"""How an encoder cuts it tells its tokenizer from others."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Tokens:
 
     ids: list[int]
     spans: list[Span | None]
-    """Characters of the text; None for special tokens."""
+    """Characters of the text; None for special tokens and those of a prompt."""
 
 
 def _packaged_minilm() -> str:
@@ -66,7 +67,7 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
     """Load encoder 1.
 
     Args:
-        name: `minilm` (packaged), a folder, or a sentence-transformers model id.
+        name: `minilm` (packaged), a folder (known by its absolute path from then on), or a sentence-transformers id.
         device: `auto`, or a torch device such as `cpu` or `cuda`.
 
     Raises:
@@ -84,6 +85,8 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     source = _packaged_minilm() if name == DEFAULT_ENCODER else os.path.expanduser(name)
+    if name != DEFAULT_ENCODER and os.path.isdir(source):
+        name = source = os.path.abspath(source)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -97,8 +100,25 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
     return Encoder(name, model.eval())
 
 
+def _prompt(model: SentenceTransformer, *names: str) -> str:
+    """The first of a model's prompts of these names that is not empty."""
+    return next((prompt for name in names if (prompt := model.prompts.get(name))), "")
+
+
+def _divide_long_words(tokenizer: Any) -> None:
+    """WordPiece has one unknown token for any word of more than 100 letters: cut such words before it sees them."""
+    longest = getattr(tokenizer.model, "max_input_chars_per_word", None)
+    if longest and tokenizer.pre_tokenizer is not None:
+        from tokenizers.pre_tokenizers import FixedLength, Sequence
+
+        tokenizer.pre_tokenizer = Sequence([tokenizer.pre_tokenizer, FixedLength(length=longest)])
+
+
 class Encoder:
     """A sentence-transformers model with exact token spans.
+
+    A model that was trained with prompts ("query: ", "passage: ", …) is given them, the one for documents before chunks
+    and the one for queries before queries; tokens, spans and lengths are those of the text alone.
 
     Vectors are computed in bfloat16 where the hardware multiplies it (twice the speed), else in float32; queries
     always in float32.
@@ -119,23 +139,32 @@ class Encoder:
         self._tokenizer = type(backend).from_str(backend.to_str())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        _divide_long_words(self._tokenizer)
         self._special = backend.num_special_tokens_to_add(False)
+        self._document_prompt = _prompt(model, "document", "passage", "corpus")
+        self._query_prompt = _prompt(model, "query")
 
     @cached_property
     def info(self) -> EncoderInfo:
-        """Name, dimension and hash of the weights."""
+        """Name, dimension and a hash of what makes the vectors: weights, and unless packaged also the rest of it."""
         import torch
 
         digest = hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if self.name != DEFAULT_ENCODER:
+            # Not the configuration files: libraries write them anew with every release.
+            pooling = [str(getattr(module, "pooling_mode", "")) for module in self.model]
+            tokens = self._tokenizer.encode(_PROBE, add_special_tokens=True).ids
+            digest.update(repr((pooling, tokens, self._document_prompt, self._query_prompt)).encode())
         return EncoderInfo(self.name, self.dimension, digest.hexdigest()[:32])
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        """Most tokens that the model takes, special tokens not counted."""
-        return int(self.model.max_seq_length or 512) - self._special
+        """Most tokens that the model takes, special tokens and those of prompts not counted."""
+        prompts = self.token_spans([self._document_prompt, self._query_prompt])
+        return int(self.model.max_seq_length or 512) - self._special - max(map(len, prompts))
 
     @cached_property
     def precision(self) -> str:
@@ -157,7 +186,7 @@ class Encoder:
 
         Args:
             texts: what is longer than `longest` tokens is cut off.
-            precise: float32 arithmetic, for queries.
+            precise: as queries are encoded: float32 arithmetic, and the model's prompt for queries where it has one.
 
         Returns:
             Unit vectors, float32.
@@ -166,7 +195,7 @@ class Encoder:
             ModelError: the model gives NaN or infinity.
         """
         out = np.empty((len(texts), self.dimension), np.float32)
-        for rows, features, _ in self._batches(texts):
+        for rows, features, _ in self._batches(texts, self._query_prompt if precise else self._document_prompt):
             vectors = self._forward(features, precise)["sentence_embedding"].float()
             out[rows] = (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
         if not np.isfinite(out).all():
@@ -175,9 +204,9 @@ class Encoder:
         return out
 
     def token_states(self, texts: Sequence[str], *, precise: bool = False) -> list[TokenStates]:
-        """Contextual token states of each text (level 0), as unit vectors without the special tokens."""
+        """Contextual token states of each text (level 0), as unit vectors, without special tokens and prompts."""
         out: list[TokenStates | None] = [None] * len(texts)
-        for rows, features, tokens in self._batches(texts):
+        for rows, features, tokens in self._batches(texts, self._query_prompt if precise else self._document_prompt):
             states = self._forward(features, precise)["token_embeddings"].float()
             states = states / states.norm(dim=2, keepdim=True).clamp_min(1e-12)
             for row, own, matrix in zip(rows, tokens, states.cpu().numpy(), strict=True):
@@ -189,30 +218,36 @@ class Encoder:
                 raise ModelError(f"encoder {self.name!r}: NaN or infinite token states for the text {text[:60]!r}")
         return found
 
-    def _forward(self, features: dict[str, torch.Tensor], precise: bool) -> dict[str, Any]:
+    def _forward(self, features: dict[str, Any], precise: bool) -> dict[str, Any]:
         import torch
 
         mixed = self.precision == "bfloat16" and not precise
         with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed):
             return dict(self.model(features))
 
-    def _tokens(self, encoding: Any) -> _Tokens:
-        """What of a tokenized text the model is given: the first `longest` tokens, between its special ones."""
-        special = encoding.special_tokens_mask
-        excess = len(special) - sum(special) - self.longest
-        kept: Sequence[int] = range(len(special))
-        if excess > 0:
-            own = [i for i in kept if not special[i]]
-            cut = set(own[-excess:])
-            kept = [i for i in kept if i not in cut]
-        ids, offsets = encoding.ids, encoding.offsets
-        return _Tokens([ids[i] for i in kept], [None if special[i] else offsets[i] for i in kept])
+    def _tokens(self, encoding: Any, prompt: int) -> _Tokens:
+        """What of a tokenized text the model is given: prompt and first `longest` tokens, between its special ones.
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, torch.Tensor], list[_Tokens]]]:
+        Args:
+            encoding: of the tokenizer's.
+            prompt: characters of the prompt before the text.
+        """
+        spans = [
+            None if special or (prompt and end <= prompt) else (max(0, start - prompt), end - prompt)
+            for special, (start, end) in zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
+        ]
+        own = [i for i, span in enumerate(spans) if span is not None]
+        cut = set(own[self.longest :])
+        kept = [i for i in range(len(spans)) if i not in cut]
+        return _Tokens([encoding.ids[i] for i in kept], [spans[i] for i in kept])
+
+    def _batches(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[int], dict[str, Any], list[_Tokens]]]:
         """Batches of similar length, longest first, so that little is padded and memory peaks at once."""
         import torch
 
-        tokens = [self._tokens(e) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=True)]
+        encodings = self._tokenizer.encode_batch([prompt + text for text in texts], add_special_tokens=True)
+        tokens = [self._tokens(encoding, len(prompt)) for encoding in encodings]
+        alone = self._tokenizer.encode(prompt, add_special_tokens=True).special_tokens_mask
         order = sorted(range(len(texts)), key=lambda i: -len(tokens[i].ids))
         pad = self.model.tokenizer.pad_token_id or 0
         start = 0
@@ -226,5 +261,8 @@ class Encoder:
                 ids[i, : len(own)] = torch.tensor(own)
                 mask[i, : len(own)] = 1
             device = self.model.device
-            yield rows, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, [tokens[row] for row in rows]
+            features: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            if prompt:  # counted as sentence-transformers does; heeded by models that pool without it
+                features["prompt_length"] = len(alone) - int(alone[-1:] == [1])
+            yield rows, features, [tokens[row] for row in rows]
             start += len(rows)

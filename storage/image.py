@@ -19,12 +19,12 @@ import numpy as np
 from treemem.errors import DamagedMemory, StoreError
 from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise
 from treemem.storage.files import save_npy, work_folder, write_npy
-from treemem.storage.levels import Level, as_float32
+from treemem.storage.levels import Level, Spread, as_float32
 from treemem.storage.lexical import Lexical, build_lexical
 from treemem.storage.store import Store, guard
 from treemem.types import Document, DocumentRef, Progress, Span, no_progress
 
-IMAGE_VERSION = 1
+IMAGE_VERSION = 2
 ROWS = 16_384
 _COPIED = {
     "text": "documents/text",
@@ -57,14 +57,15 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
         OutOfSpace: the disk is full; the memory is whole, and the image is made when it is opened next.
     """
     info = store.info()
-    store.verify()
+    store.verify(progress)
     target = image_folder(store, info.snapshot)
     with guard(store.path):
         target.parent.mkdir(exist_ok=True)
         with work_folder(target.parent, "making-") as folder:
             for name, source in _COPIED.items():
                 _copy(store, source, folder / f"{name}.npy")
-            _write_tree(folder, vectors, store.levels())
+            _write_tree(folder, vectors, store.levels(), progress)
+            save_npy(folder / "query-map.npy", Spread.of(vectors).map_queries())
             _write_ids(folder)
             texts = _chunk_texts(folder, progress)
             build_lexical(folder, texts, info.chunks, info.config.language)
@@ -84,13 +85,14 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
 def _replace(folder: Path, target: Path) -> None:
     """Move a finished image into place; an old one there goes, also when another process just put it there."""
     for _ in range(10):
-        if target.exists():
-            os.replace(target, folder.parent / f"old-{time.monotonic_ns()}")  # removed with the work folder
         try:
+            if target.exists():
+                os.replace(target, folder.parent / f"old-{time.monotonic_ns()}")  # removed with the work folder
             os.replace(folder, target)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            # ENOENT: another process has just moved the old one.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not folder.exists():
                 raise
     raise StoreError(f"{target}: other processes keep making this image; let one of them end and try again")
 
@@ -100,7 +102,7 @@ def _copy(store: Store, source: str, path: Path) -> None:
     write_npy(path, array.dtype, array.shape, store.blocks(source, array.chunks[0] * 8))
 
 
-def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level]) -> None:
+def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level], progress: Progress) -> None:
     """Lay every level out by its parents: the children's quantised vectors of one parent side by side."""
     below = [vectors, *(level.vectors for level in levels)]
     for number, elements in enumerate(below, 1):
@@ -114,7 +116,7 @@ def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level]) -> None:
             folder / f"level-{number}-rows.npy",
             np.dtype(np.int8),
             (len(ids), elements.shape[1]),
-            _quantised(elements, ids, scales),
+            _quantised(elements, ids, scales, progress),
         )
         for name, array in {"scales": scales, "ids": ids, "offsets": offsets}.items():
             save_npy(folder / f"level-{number}-{name}.npy", array)
@@ -122,11 +124,13 @@ def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level]) -> None:
             save_npy(folder / "first-row.npy", first_rows(ids, len(elements)))
 
 
-def _quantised(elements: np.ndarray, ids: np.ndarray, scales: np.ndarray) -> Iterator[np.ndarray]:
+def _quantised(elements: np.ndarray, ids: np.ndarray, scales: np.ndarray, progress: Progress) -> Iterator[np.ndarray]:
     """Quantised rows of elements in the order of `ids`; fills `scales` on the way."""
     for start in range(0, len(ids), ROWS):
         part = ids[start : start + ROWS]
         rows, scales[start : start + len(part)] = quantise(as_float32(elements[part]))
+        if len(ids) > ROWS:
+            progress("laying out the tree", start, len(ids))
         yield rows
 
 
@@ -173,7 +177,7 @@ def _check_description(description: Any) -> None:
 
 
 class Image:
-    """One snapshot, ready to be searched. Nothing is read until it is needed."""
+    """One snapshot, ready to be searched: ids, scales and offsets are checked once, vectors and texts are mapped."""
 
     def __init__(self, folder: Path) -> None:
         """Open an image.
@@ -193,6 +197,8 @@ class Image:
             self._text, self._text_ends, self._records, self._record_ends, self._chunk_ends, self.spans = (
                 self._load(name) for name in _COPIED
             )
+            self.query_map = self._load("query-map")
+            """(d, d): what query vectors are multiplied by before they are compared with nodes."""
             self._id_hashes, self._id_documents = self._load("id-hashes"), self._load("id-documents")
         except (OSError, ValueError, EOFError, RecursionError, DamagedMemory) as error:
             raise DamagedMemory(f"{folder}: the serving image is damaged ({error}); delete the folder") from error
@@ -236,6 +242,11 @@ class Image:
     def document_of(self, chunks: np.ndarray) -> np.ndarray:
         """Numbers of the documents that chunks stand in."""
         return np.asarray(np.searchsorted(self._chunk_ends, chunks, side="right"))
+
+    def bounds(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents' chunks begin and end."""
+        begin = np.where(documents > 0, self._chunk_ends[documents - 1], 0)
+        return begin, np.asarray(self._chunk_ends[documents])
 
     def chunks_of(self, document: int) -> range:
         """The chunks of a document."""

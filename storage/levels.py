@@ -4,9 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float16, Float32, Int, Int32, Int64
+from jaxtyping import Float16, Float32, Float64, Int, Int32, Int64
+
+CLUSTERING_POWER = 0.25
+"""Elements are grouped after multiplication by the covariance of the chunks to the power of minus this."""
+QUERY_POWER = 0.35
+"""Nodes are scored with queries multiplied by the covariance to the power of minus this."""
+SPREAD_ROWS = 1 << 17
+"""From how many chunks, evenly spaced, the covariance is estimated."""
+
+BLOCK = 1 << 15
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Vectors that are read by slices and by arrays of numbers: an array, a memory map, or rows made on the way."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, d)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a memory's chunk vectors spread: mean, and covariance as eigenvalues (mean 1) and eigenvectors.
+
+    What many chunks have in common (a template's phrases, say) makes them alike without telling them apart. Scaling
+    those directions down before clustering, and in the query that is compared with nodes, is whitening (Su et al. 2021,
+    "Whitening Sentence Representations for Better Semantics and Faster Retrieval"), here half way.
+    """
+
+    mean: Float32[np.ndarray, " d"]
+    values: Float64[np.ndarray, " d"]
+    directions: Float64[np.ndarray, "d d"]
+
+    @classmethod
+    def of(cls, vectors: np.ndarray) -> Spread:
+        """Estimate from chunk vectors, shape (n, d), shrunk towards the sphere where n is not much larger than d."""
+        n, d = vectors.shape
+        if n == 0:
+            return cls(np.zeros(d, np.float32), np.ones(d), np.eye(d))
+        rows = np.linspace(0, n - 1, min(n, SPREAD_ROWS)).round().astype(np.int64)
+        total, squares = np.zeros(d), np.zeros((d, d))
+        for start in range(0, len(rows), 4096):
+            part = vectors[rows[start : start + 4096]].astype(np.float64)
+            total += part.sum(0)
+            squares += part.T @ part
+        mean = total / len(rows)
+        values, directions = np.linalg.eigh(squares / len(rows) - np.outer(mean, mean))
+        share = d / (len(rows) + d)
+        size = max(float(values.mean()), 1e-12)
+        values = (1 - share) * np.maximum(values, 0) / size + share
+        return cls(mean.astype(np.float32), values, directions)
+
+    def scaling(self, power: float) -> Float32[np.ndarray, "d d"]:
+        """The covariance to the power of minus `power`, symmetric."""
+        return ((self.directions * self.values**-power) @ self.directions.T).astype(np.float32)
+
+    def map_queries(self) -> Float32[np.ndarray, "d d"]:
+        """What query vectors are multiplied by before they are compared with nodes."""
+        return self.scaling(QUERY_POWER)
 
 
 @dataclass(frozen=True)
@@ -62,25 +126,19 @@ def document_runs(chunk_ends: Int64[np.ndarray, " documents"], rows: int) -> Ite
 
 
 def node_vectors(
-    vectors: np.ndarray, offsets: Int64[np.ndarray, " nodes_and_one"], children: Int32[np.ndarray, " edges"]
+    vectors: Rows, offsets: Int64[np.ndarray, " nodes_and_one"], children: Int32[np.ndarray, " edges"]
 ) -> Float16[np.ndarray, "nodes d"]:
-    """Vectors of nodes: `unit(mean(children))`, computed in runs of nodes to bound memory."""
+    """Vectors of nodes: `unit(mean(children))`. At most `BLOCK` children, or those of one node, are held in float64."""
     nodes = len(offsets) - 1
     out = np.empty((nodes, vectors.shape[1]), np.float16)
-    for first in range(0, nodes, 2048):
-        last = min(first + 2048, nodes)
+    first = 0
+    while first < nodes:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1)
         begin, end = int(offsets[first]), int(offsets[last])
         means = _sums(vectors[children[begin:end]], offsets[first:last] - begin)
         means /= np.diff(offsets[first : last + 1])[:, None]
         out[first:last] = unit(means)
-    return out
-
-
-def parents(level: Level, below: int) -> Int32[np.ndarray, " below"]:
-    """The first parent of every element of the level below, -1 where it has none."""
-    out = np.full(below, -1, np.int32)
-    owners = np.repeat(np.arange(len(level.offsets) - 1, dtype=np.int32), np.diff(level.offsets))
-    out[level.children[::-1]] = owners[::-1]
+        first = last
     return out
 
 

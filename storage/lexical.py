@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ import tantivy
 from jaxtyping import Float32, Int32, UInt64
 from tantivy import Filter, Occur, Query, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
 
-from treemem.kernels import LexicalIndex
+from treemem.kernels import LexicalIndex, back_end
 from treemem.storage.files import save_npy, write_npy
 
 K1 = 1.2
@@ -26,6 +27,11 @@ B = 0.75
 MAX_QUERY_TERMS = 1024
 """A query keeps this many of its rarest terms."""
 LONGEST_WORD = 40
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
+"""Runs of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 _STEMMERS = {
     "ar": "arabic", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "fi": "finnish",
@@ -33,8 +39,12 @@ _STEMMERS = {
     "ro": "romanian", "ru": "russian", "sv": "swedish", "ta": "tamil", "tr": "turkish",
 }  # fmt: skip
 _FILES = ("offsets", "terms", "counts", "norms", "vocabulary", "frequencies")
+_SCRATCH = {"hashed": np.uint64, "counted": np.uint16}
+"""Terms' hashes and counts, chunk by chunk: what the forward index is made from."""
 _TANTIVY_LOCK = ".tantivy-meta.lock"
 _WRITER_BYTES = 64 << 20
+_SAME_SCORE = 1e-5
+"""Scores that differ by less, relatively, may differ by rounding alone."""
 
 
 def analyzer(language: str) -> TextAnalyzer:
@@ -44,6 +54,17 @@ def analyzer(language: str) -> TextAnalyzer:
     if language in _STEMMERS:
         builder = builder.filter(Filter.stemmer(_STEMMERS[language]))
     return builder.build()
+
+
+def spaced(text: str) -> str:
+    """`text` with what is written without spaces between words as pairs of neighbouring characters, which stand in for
+    words there (Nie et al. 1999, "On the use of words and n-grams for Chinese information retrieval")."""
+    return text if text.isascii() else _UNSPACED.sub(_pairs, text)
+
+
+def _pairs(run: re.Match[str]) -> str:
+    own = run[0]
+    return f" {' '.join(own[i : i + 2] for i in range(max(1, len(own) - 1)))} "
 
 
 def _schema() -> tantivy.Schema:
@@ -90,7 +111,7 @@ def build_lexical(folder: Path, texts: Iterable[str], chunks: int, language: str
     lengths = np.zeros(chunks, np.int64)
     offsets = np.zeros(chunks + 1, np.int64)
     with (folder / "hashed").open("wb") as hashed, (folder / "counted").open("wb") as counted:
-        for chunk, text in enumerate(texts):
+        for chunk, text in enumerate(map(spaced, texts)):
             writer.add_document(tantivy.Document(chunk=chunk, text=text))
             terms = words.analyze(text)
             entries = sorted((hashes(term), count) for term, count in Counter(terms).items())
@@ -107,7 +128,7 @@ def _write_forward(folder: Path, offsets: np.ndarray, lengths: np.ndarray) -> No
     """Number the terms by the order of their hashes, so that terms rise within a chunk as their hashes do."""
     entries = int(offsets[-1])
     step = 1 << 22
-    hashed = np.memmap(folder / "hashed", np.uint64, "r", shape=(entries,)) if entries else np.empty(0, np.uint64)
+    hashed, counted = (_mapped(folder / name, kind, entries) for name, kind in _SCRATCH.items())
     vocabulary = np.empty(0, np.uint64)
     for start in range(0, entries, step):
         vocabulary = np.union1d(vocabulary, hashed[start : start + step])
@@ -120,23 +141,26 @@ def _write_forward(folder: Path, offsets: np.ndarray, lengths: np.ndarray) -> No
             yield terms
 
     write_npy(_file(folder, "terms"), np.dtype(np.int32), (entries,), numbered())
-    counts = np.fromfile(folder / "counted", np.uint16)
     table = _length_table()
     stored = table[np.searchsorted(table, lengths, side="right") - 1]
     mean = lengths.mean() if len(lengths) and lengths.any() else 1.0
     norms = (K1 * (1 - B + B * stored / mean)).astype(np.float32)
     arrays: dict[str, np.ndarray] = {
         "offsets": offsets,
-        "counts": counts,
+        "counts": counted,
         "norms": norms,
         "vocabulary": vocabulary,
         "frequencies": frequencies,
     }
     for name, array in arrays.items():
         save_npy(_file(folder, name), array)
-    del hashed
-    (folder / "hashed").unlink()
-    (folder / "counted").unlink()
+    del hashed, counted, arrays
+    for name in _SCRATCH:
+        (folder / name).unlink()
+
+
+def _mapped(path: Path, kind: type, entries: int) -> np.ndarray:
+    return np.memmap(path, kind, "r", shape=(entries,)) if entries else np.empty(0, kind)
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -174,7 +198,7 @@ class Lexical:
 
     def analyze(self, text: str) -> list[str]:
         """The terms of a text, in order."""
-        return list(self._analyzer.analyze(text))
+        return list(self._analyzer.analyze(spaced(text)))
 
     def numbers(self, words: list[str]) -> Int32[np.ndarray, " words"]:
         """Numbers of terms, -1 for those that stand in no chunk."""
@@ -211,10 +235,17 @@ class Lexical:
             (Occur.Should, Query.boost_query(Query.term_query(self._schema, "text", word), float(weight / base)))
             for word, weight, base in zip(query.words, query.weights, idf, strict=True)
         ]
-        found = self._searcher.search(Query.boolean_query(clauses), k, count=False).hits
+        asked = min(k + 32, self.index.size)
+        # Until all that equal the k-th are there: which of them tantivy gives first depends on its files.
+        while True:
+            found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
+            if len(found) < asked or asked == self.index.size or found[-1][0] < found[k - 1][0] * (1 - _SAME_SCORE):
+                break
+            asked = min(2 * asked, self.index.size)
         chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
-        scores = np.array([score for score, _ in found], np.float32)
-        order = np.lexsort((chunks, -scores))
+        # Scored again, since tantivy sums a query's terms in another order in each file.
+        scores = back_end().bm25_scores(self.index, query.terms, query.weights, chunks)
+        order = np.lexsort((chunks, -scores))[:k]
         return chunks[order], scores[order]
 
 
@@ -227,8 +258,3 @@ def _links_where_read_only(folder: Path) -> tempfile.TemporaryDirectory[str] | N
         if not file.name.endswith(".lock"):
             Path(links.name, file.name).symlink_to(file.resolve())
     return links
-
-
-def lexical_bytes(folder: Path) -> int:
-    """Size on disk of both indexes."""
-    return sum(f.stat().st_size for f in [*folder.glob("words-*"), *(folder / "bm25").glob("*")])

@@ -33,7 +33,7 @@ from treemem.errors import (
 from treemem.storage.files import remove_stale_work, work_folder
 from treemem.storage.levels import Level
 from treemem.storage.schema import chunk_arrays, create_array, document_arrays, level_arrays
-from treemem.types import Document
+from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
 
@@ -161,17 +161,19 @@ class Store:
     def _storage(path: Path) -> icechunk.Storage:
         # At every opening icechunk prints, on standard output, a warning of concurrent commits on a local disk; builds
         # take a lock against them. Whoever set icechunk's own variable hears what they asked for.
-        icechunk.set_logs_filter(None if "ICECHUNK_LOG" in os.environ else _QUIET)
-        try:
-            return icechunk.local_filesystem_storage(str(path / "store"))
-        finally:
-            icechunk.set_logs_filter(None)
+        if "ICECHUNK_LOG" not in os.environ:
+            icechunk.set_logs_filter(_QUIET)
+        return icechunk.local_filesystem_storage(str(path / "store"))
 
     @staticmethod
     def exists(path: Path) -> bool:
         """Whether something that looks like a memory lies at `path`."""
         with guard(path):
-            return (path / "store").is_dir()
+            try:
+                inside = os.listdir(path / "store")
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return "refs" in inside or "snapshots" in inside
 
     @classmethod
     def create(cls, path: Path, config: TreeConfig, encoder: dict[str, Any]) -> Store:
@@ -305,7 +307,7 @@ class Store:
             for k in range(2, count + 1)
         ]
 
-    def verify(self) -> None:
+    def verify(self, progress: Progress = no_progress) -> None:
         """Compare every array with the digest that was recorded when the memory was finished.
 
         Storage chunks have checksums of their own; this also notices damage to the files that say where they are.
@@ -317,9 +319,11 @@ class Store:
             digests = root.attrs.asdict().get("digests")
             if digests is None:  # written before there were any
                 return
-            found = set(_array_names(root))
-            for name, digest in digests["arrays"].items():
-                if name not in found or _array_digest(root, name) != digest:
+            expected = digests["arrays"]
+            for name in expected.keys() - set(_array_names(root)):
+                raise self._damaged(name)
+            for name, digest in _digests(root, sorted(expected), progress):
+                if digest != expected[name]:
                     raise self._damaged(name)
 
     def _damaged(self, what: str) -> DamagedMemory:
@@ -360,7 +364,7 @@ class Store:
                 if len(rows):
                     root[name].append(rows)
 
-    def finish(self, levels: Sequence[Level], message: str) -> str:
+    def finish(self, levels: Sequence[Level], message: str, progress: Progress = no_progress) -> str:
         """Write the nodes and make the memory visible: one commit. Returns the snapshot."""
         with self._transaction(message) as root:
             dimension = root["chunks/encodings"].shape[1]
@@ -371,7 +375,7 @@ class Store:
                     create_array(root, name, spec, len(rows))[:] = rows
             root.attrs["digests"] = {
                 "attributes": _attributes_digest(root.attrs.asdict()),
-                "arrays": {name: _array_digest(root, name) for name in _array_names(root)},
+                "arrays": dict(_digests(root, _array_names(root), progress)),
             }
             root.attrs["state"] = "complete"
         return self.publish()
@@ -392,14 +396,21 @@ def _array_names(root: Any) -> list[str]:
     return sorted(name for name, member in root.members(max_depth=None) if isinstance(member, zarr.Array))
 
 
-def _array_digest(root: Any, name: str) -> str:
-    """SHA-256 of an array's type, shape and values."""
-    array = root[name]
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    rows = array.chunks[0] * 8
-    for start in range(0, array.shape[0], rows):
-        digest.update(np.ascontiguousarray(array[start : start + rows]).view(np.uint8).data)
-    return digest.hexdigest()
+def _digests(root: Any, names: Sequence[str], progress: Progress) -> Iterator[tuple[str, str]]:
+    """SHA-256 of each array's type, shape and values."""
+    arrays = {name: root[name] for name in names}
+    total = sum(array.nbytes for array in arrays.values()) / 1e6
+    done = 0
+    for name, array in arrays.items():
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        rows = array.chunks[0] * 8
+        for start in range(0, array.shape[0], rows):
+            if start:
+                progress("checking (MB)", done / 1e6, total)
+            block = np.ascontiguousarray(array[start : start + rows])
+            digest.update(block.view(np.uint8).data)
+            done += block.nbytes
+        yield name, digest.hexdigest()
 
 
 def _attributes_digest(attributes: dict[str, Any]) -> str:

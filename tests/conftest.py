@@ -56,10 +56,12 @@ def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of data sets, $TREEMEM_DATA or ../shared/data; tests that need it are skipped where it is absent."""
-    folder = Path(os.environ.get("TREEMEM_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"needs the data sets, which are not in {folder}; set TREEMEM_DATA to their folder")
+    """The folder of data sets, $TREEMEM_DATA; tests that need it are skipped where it is not given."""
+    given = os.environ.get("TREEMEM_DATA")
+    if not given:
+        pytest.skip("needs the larger data sets: set TREEMEM_DATA to their folder")
+    folder = Path(given)
+    assert folder.is_dir(), f"TREEMEM_DATA = {given}: there is no such folder"
     return folder
 
 

@@ -25,6 +25,7 @@ from treemem.hierarchy import memory as memory_module
 from treemem.hierarchy import readers
 from treemem.hierarchy.embed import Encoder, load_encoder
 from treemem.hierarchy.memory import Memory
+from treemem.types import Answer, Context
 
 ROOT = Path(__file__).resolve().parent.parent
 ESCAPE = "\x1b["
@@ -151,11 +152,13 @@ def test_no_command_prints_the_help(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["search", "{tmp}/no\nsuch", "q"], "{tmp}/no such: there is nothing there; make one with: treemem build"),
+        (["ask", "{small}", "q", "--llm", "none", "--max-tokens", "0"], "max_tokens = 0: it must be at least 1"),
         (["search", "{tmp}/missing", "q"], "{tmp}/missing: there is nothing there; make one with: treemem build"),
         (["info", "{tmp}"], "{tmp}: this is no memory"),
         (["ask", "{tmp}", "q", "--llm", "none"], "{tmp}: this is no memory"),
-        (["search", "{small}", "q", "-k", "0"], "k = 0: it must be at least 1"),
-        (["search", "{small}", "q", "--beam", "0"], "beam = 0: it must be from 1 to 4096"),
+        (["search", "{small}", "q", "-k", "0"], "k = 0: it must be a whole number, at least 1"),
+        (["search", "{small}", "q", "--beam", "0"], "beam = 0: it must be a whole number from 1 to 4096"),
         (["search", "{small}", "q", "--mode", "best"], "mode = 'best': it must be one of deep, hybrid"),
         (["search", "{small}", "q", "--within", "nope"], "document 'nope' is not in this memory"),
         (["ask", "{small}", "q", "--llm", "no-such-model"], "no-such-model"),
@@ -166,7 +169,7 @@ def test_no_command_prints_the_help(run: Run) -> None:
         (["build", "{tmp}/m", "{docs}", "--encoder", "no-such-model"], "encoder 'no-such-model': it cannot be loaded"),
         (["build", "{small}", "{docs}"], "{small}: a memory is there already; choose another path"),
         (["build", "{docs}", "{docs}"], "{docs}: there is something else at this path"),
-        (["build", "{tmp}/m", "{docs}", "--fanout", "1"], "fanout = 1: it must be from 2 to 1024"),
+        (["build", "{tmp}/m", "{docs}", "--fanout", "1"], "fanout = 1: it must be a whole number from 2 to 1024"),
         (["build", "{tmp}/m", "{docs}", "--language", "english"], "language = 'english'"),
     ],
 )
@@ -289,6 +292,36 @@ def test_build_search_ask_info(run: Run, tmp_path: Path, folder: Path) -> None:
     assert done.code == 0
     for shown in ("documents", "6", "minilm, 384 dimensions", "fanout 32, spill 2, seed 7", "format 1"):
         assert shown in done.out
+
+
+def test_control_characters_do_not_reach_the_terminal(run: Run, tmp_path: Path, model: ChosenReplies) -> None:
+    planted = "\x1b]0;owned\x07 \x1b[2J \x9b31m \x7f\x08"
+    record = {"id": f"a{planted}", "title": f"Bees {planted}", "text": f"Smoke {planted} calms a hive of bees."}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({"id": planted, "text": 1}))
+    model.reply = f"Smoke {planted} calms a hive of bees [1]."
+    memory = tmp_path / "m"
+    done = [run("build", memory, tmp_path / "lines.jsonl"), run("search", memory, "smoke")]
+    done += [run("ask", memory, "What calms a hive?", "--threshold", "0", *llm) for llm in ([], ["--llm", "none"])]
+    done.append(run("search", memory, "smoke", "--json"))
+    for one in done:
+        assert one.code == 0, one.err
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", one.out + one.err)
+    assert "Smoke \ufffd]0;owned\ufffd \ufffd[2J" in done[1].out
+    assert json.loads(done[-1].out)["hits"][0]["text"] == record["text"]
+
+
+def test_the_threshold(run: Run, small_memory_path: Path) -> None:
+    question = ["ask", small_memory_path, "Why does smoke calm bees?", "--llm", "none"]
+    assert "honey" in run(*question).out
+    assert run(*question, "--threshold", "99").out.startswith("The memory does not hold the answer.")
+    assert "--threshold" in run("ask", "--help").out
+
+
+def test_the_time_is_that_of_all_steps(run: Run, small_memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = {"search": 1.0, "context": 2.0, "first_token": 0.5, "generate": 4.0, "cite": 8.0}
+    answer = Answer("Yes.", (), Context((), ()), True, False, True, timings)
+    monkeypatch.setattr(Memory, "ask", lambda *_, **__: answer)
+    assert run("ask", small_memory_path, "q", "--llm", "none").out.splitlines()[-1] == "15.0 s"
 
 
 def test_strict_fails_and_lists_what_could_not_be_read(run: Run, tmp_path: Path, folder: Path) -> None:

@@ -99,6 +99,16 @@ def test_search(run: Run, small_memory_path: Path, mode: str) -> None:
     check(value, SEARCH)
 
 
+@pytest.mark.usefixtures("model")
+def test_control_characters_are_escaped(run: Run, tmp_path: Path) -> None:
+    text = "Bees\x7f dance\x9b31m\x1b[2J all day."
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"id": "bees", "text": text}))
+    assert run("build", tmp_path / "m", tmp_path / "lines.jsonl", "--json").code == 0
+    done = run("search", tmp_path / "m", "bees", "--json")
+    assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.out) is None
+    assert one_document(done.out)["hits"][0]["text"] == text
+
+
 def test_search_without_hits(run: Run, small_memory_path: Path) -> None:
     value = one_document(run("search", small_memory_path, "", "--json").out)
     check(value, SEARCH)

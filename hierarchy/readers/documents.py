@@ -38,9 +38,10 @@ _NO_TEXT = "no text"
 def read(paths: Sequence[str | Path] | str | Path, report: ReadReport) -> Iterator[Document]:
     """The documents of files, folders (walked recursively) and globs, one at a time, always in the same order.
 
-    A document's id is its path relative to the folder it was found in; its file's name where it was named itself;
-    for JSON Lines what the line says; for Python the module's dotted path. A file that several paths lead to is read
-    once. `report` is filled on the way.
+    A document's id is its path relative to the folder it was found in, or to what several folders have in common; its
+    file's name where it was named itself; for JSON Lines what the line says; for Python the module's dotted path, or
+    the file's path where an earlier module has that. A file that several paths lead to is read once. `report` is
+    filled on the way.
 
     Raises:
         InputError: at once, before anything is read, for a path that does not exist; at the end where nothing was
@@ -159,6 +160,9 @@ def _document(item: Draft | NotReadable, source: Source, ids: dict[bytes, str]) 
         raise NotReadable(_NO_TEXT, item.line)
     identity = clean(item.id)
     digest = _digest(identity.encode())
+    if digest in ids and item.other_id:
+        identity = clean(item.other_id)
+        digest = _digest(identity.encode())
     if digest in ids:
         raise NotReadable(f'its id "{identity[:200]}" is already used by {ids[digest]}', item.line)
     ids[digest] = source.shown

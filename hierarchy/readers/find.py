@@ -6,7 +6,7 @@ import glob
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treemem.errors import InputError
@@ -37,16 +37,22 @@ def resolve(paths: Sequence[str | Path] | str | Path) -> list[Root]:
     if not given:
         raise InputError("no paths to read: name files, folders or globs")
     roots = list(dict.fromkeys(root for path in given for root in _roots(path)))
-    alike: dict[str, list[Path]] = defaultdict(list)
+    if any(not root.named for root in roots):
+        return _told_apart(roots)
+    alike: dict[str, list[Root]] = defaultdict(list)
     for root in roots:
-        if root.named:
-            alike[root.path.name].append(root.base.absolute())
-    return [_told_apart(root, alike[root.path.name]) if root.named else root for root in roots]
+        alike[root.path.name].append(root)
+    apart = {root: told for group in alike.values() for root, told in zip(group, _told_apart(group), strict=True)}
+    return [apart[root] for root in roots]
 
 
-def _told_apart(root: Root, folders: list[Path]) -> Root:
-    """Named files of the same file name get names relative to the folder that they have in common."""
-    return root if len(folders) == 1 else Root(root.path, Path(os.path.commonpath(folders)), True)
+def _told_apart(roots: list[Root]) -> list[Root]:
+    """Roots in several folders get names relative to the folder that these have in common."""
+    bases = {os.path.abspath(root.base) for root in roots}
+    if len(bases) == 1:
+        return roots
+    common = Path(os.path.commonpath(bases))
+    return [replace(root, base=common) for root in roots]
 
 
 def _roots(given: str | Path) -> list[Root]:

@@ -84,7 +84,14 @@ def _parser(markup: str) -> LexborHTMLParser:
 
 def _first_text(tree: LexborHTMLParser, selector: str) -> str:
     node = tree.css_first(selector)
-    return " ".join(node.text().split()) if node else ""
+    return " ".join(_text(node).split()) if node else ""
+
+
+def _text(node: LexborNode) -> str:
+    """All text below a node as it stands; `<br>` breaks lines."""
+    for line_break in node.css("br"):
+        line_break.replace_with("\n")
+    return node.text()
 
 
 def _declared(data: bytes) -> str | None:
@@ -159,7 +166,7 @@ def _element(node: LexborNode, flow: _Flow, depth: int) -> None:
     elif tag == "li":  # outside of any list
         flow.block(layout.hang("- ", _inside(node, depth).tight()))
     elif tag in ("pre", "listing"):
-        flow.block(layout.code(node.text()))
+        flow.block(layout.code(_text(node)))
     elif tag == "blockquote":
         flow.block(layout.hang("> ", _inside(node, depth).text(), "> "))
     elif tag == "table":
@@ -205,7 +212,7 @@ def _table(node: LexborNode, flow: _Flow, depth: int) -> None:
         return
     caption = node.css_first("caption")
     rows = ([_inside(cell, depth).tight() for cell in row.iter()] for row in node.css("tr"))
-    flow.block(layout.lines(["" if caption is None else " ".join(caption.text().split()), layout.table(rows)]))
+    flow.block(layout.lines(["" if caption is None else " ".join(_text(caption).split()), layout.table(rows)]))
 
 
 def _cells_apart(node: LexborNode, flow: _Flow, depth: int) -> None:

@@ -37,14 +37,14 @@ def parse(data: bytes, source: Source) -> Draft:
     """A module's docstring, then signature and docstring of its public classes, methods and functions, in order.
 
     The text is empty where there is no docstring at all. The id is the dotted module path for a module in a package,
-    otherwise the source's name without its suffix.
+    otherwise the source's name without its suffix; the source's name where another module has that id.
     """
     module = _tree(data)
     name = _dotted(source)
     encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0].removesuffix("-sig")
     parts = [ast.get_docstring(module) or "", *_members(module.body, "")]
     text = layout.blocks(parts) if _has_docstring(module) else ""
-    return Draft(text, name, name, with_encoding(encoding))
+    return Draft(text, name, name, with_encoding(encoding), other_id=source.name)
 
 
 def standard_library() -> list[Path]:

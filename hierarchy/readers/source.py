@@ -57,6 +57,8 @@ class Draft:
     line: int | None = None
     lost: str = ""
     """What of the file had to be left out, for the report."""
+    other_id: str = ""
+    """For a document whose `id` is taken."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,8 +94,21 @@ def _arguments() -> list[str]:
 def _fail(message: str, code: int) -> None:
     if _debug:
         traceback.print_exc()
-    err.print(f"[bold red]treemem:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold red]treemem:[/] {_shown(message)}", soft_wrap=True)
     sys.exit(code)
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _harmless(text: str) -> str:
+    """Text of documents and models for people: without control characters, which would steer the terminal."""
+    return _CONTROLS.sub("\ufffd", text)
+
+
+def _shown(text: str) -> str:
+    """The same on one line, and with its brackets taken as they are."""
+    return escape(" ".join(_harmless(text).splitlines()))
 
 
 def _version(asked: bool) -> bool:
@@ -132,7 +146,7 @@ def _progress(quiet: bool = False) -> Iterator[Progress]:
 
 def _report(report: ReadReport) -> None:
     for line in report.summary():
-        err.print(escape(line), soft_wrap=True, style="yellow" if line.startswith("  ") else None)
+        err.print(_shown(line), soft_wrap=True, style="yellow" if line.startswith("  ") else None)
 
 
 # ---- commands
@@ -216,16 +230,25 @@ def ask(
     beam: Beam = 32,
     within: Within = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Least score of the best hit, in the scores of --mode; below it the memory does not hold the answer. "
+            "Default: 1.7 in mode deep with the encoder minilm, for which it was measured; otherwise none."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question from the memory, with citations."""
     from treemem import Memory
+    from treemem.hierarchy.ask import config_for
 
     question = _read_query(question)
     with _progress(as_json) as progress:
         opened = Memory.open(memory, progress=progress)
         model = opened.language_model(llm, url=llm_url, progress=progress)
-    _ask(opened, question, model, as_json, mode=mode, beam=beam, within=within, max_tokens=max_tokens)
+    config = replace(config_for(model), threshold=threshold)
+    _ask(opened, question, model, as_json, mode=mode, beam=beam, within=within, max_tokens=max_tokens, config=config)
 
 
 @app.command()
@@ -242,7 +265,7 @@ def info(memory: MemoryPath, as_json: AsJson = False) -> None:
     table.add_row("documents", f"{found.documents:,}")
     table.add_row("chunks", f"{found.chunks:,}")
     table.add_row("levels", " / ".join(f"{n:,}" for n in found.levels) + "  (top first)")
-    table.add_row("encoder", f"{found.encoder}, {found.dimension} dimensions")
+    table.add_row("encoder", f"{_shown(found.encoder)}, {found.dimension} dimensions")
     table.add_row("tree", f"fanout {found.config.fanout}, spill {found.config.spill}, seed {found.config.seed}")
     table.add_row(
         "on disk", f"{found.store_bytes / 1e6:,.1f} MB store, {found.image_bytes / 1e6:,.1f} MB serving image"
@@ -350,7 +373,9 @@ def _read_query(query: str) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
+    # JSON lets these stand as they are in its strings; a terminal does not.
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _print_hits(result: SearchResult, chunks: int) -> None:
@@ -361,12 +386,12 @@ def _print_hits(result: SearchResult, chunks: int) -> None:
         where = " > ".join(f"L{step.level}:{step.node} {step.score:.2f}" for step in hit.path)
         name = hit.document.title or hit.document.id
         out.print(
-            f"[bold cyan]{number:>2}[/] [bold]{hit.score:.3f}[/]  [bold]{escape(name)}[/] "
-            f"[dim]{escape(hit.document.id)}:{hit.span[0]}-{hit.span[1]}  {where}[/]",
+            f"[bold cyan]{number:>2}[/] [bold]{hit.score:.3f}[/]  [bold]{_shown(name)}[/] "
+            f"[dim]{_shown(hit.document.id)}:{hit.span[0]}-{hit.span[1]}  {where}[/]",
             soft_wrap=True,
         )
         text = " ".join(hit.text.split())
-        out.print("    " + escape(text[:240] + (" …" if len(text) > 240 else "")), soft_wrap=True)
+        out.print("    " + _shown(text[:240] + (" …" if len(text) > 240 else "")), soft_wrap=True)
     out.print(f"[dim]{result.scored:,} vectors scored in a memory of {chunks:,} chunks, {result.ms:.1f} ms[/]")
 
 
@@ -376,7 +401,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
 
     def show(piece: str) -> None:
         streamed.append(piece)
-        out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        out.print(_harmless(piece), end="", markup=False, highlight=False, soft_wrap=True)
 
     live = not as_json and out.is_terminal
     answer: Answer = opened.ask(question, llm=model, on_text=show if live else None, **options)
@@ -388,17 +413,18 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
         if answer.extractive and answer.found:
             out.print("[yellow]The passages do not bear this reply; what they say:[/]")
     if not streamed or "".join(streamed).strip() != answer.text:
-        out.print(escape(answer.text), soft_wrap=True)
+        out.print(escape(_harmless(answer.text)), soft_wrap=True)
     for citation in answer.citations:
         name = citation.document.title or citation.document.id
         quote = " ".join(citation.text.split())
         out.print(
-            f"  [cyan]\\[{citation.number}][/] [bold]{escape(name)}[/] "
-            f"[dim]{escape(citation.document.id)}:{citation.span[0]}-{citation.span[1]}[/] "
-            f"{escape(quote[:160] + (' …' if len(quote) > 160 else ''))}",
+            f"  [cyan]\\[{citation.number}][/] [bold]{_shown(name)}[/] "
+            f"[dim]{_shown(citation.document.id)}:{citation.span[0]}-{citation.span[1]}[/] "
+            f"{_shown(quote[:160] + (' …' if len(quote) > 160 else ''))}",
             soft_wrap=True,
         )
-    out.print(f"[dim]{sum(answer.timings.get(s, 0) for s in ('search', 'generate')):.1f} s[/]")
+    # The first token is a part of generating.
+    out.print(f"[dim]{sum(s for step, s in answer.timings.items() if step != 'first_token'):.1f} s[/]")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, SupportsIndex, get_args
 
 from treemem.errors import InputError
 
@@ -20,6 +23,18 @@ MAX_QUERY_EMBEDDINGS = 32
 def _require(ok: bool, field: str, value: object, accepted: str) -> None:
     if not ok:
         raise InputError(f"{field} = {value!r}: it must be {accepted}")
+
+
+def _require_whole(field: str, value: object, low: int, high: float, accepted: str) -> None:
+    _require(isinstance(value, SupportsIndex) and low <= value.__index__() <= high, field, value, accepted)
+
+
+def cache_folder() -> Path:
+    """Where treemem keeps what it can make again: $TREEMEM_CACHE, else the system's folder for a user's caches."""
+    import platformdirs
+
+    chosen = os.environ.get("TREEMEM_CACHE")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("treemem")
 
 
 @dataclass(frozen=True)
@@ -40,11 +55,11 @@ class TreeConfig:
     """ISO 639-1 code of the documents' language: where sentences end, how words are stemmed."""
 
     def __post_init__(self) -> None:
-        _require(8 <= self.chunk_tokens <= 510, "chunk_tokens", self.chunk_tokens, "from 8 to 510")
-        _require(2 <= self.fanout <= 1024, "fanout", self.fanout, "from 2 to 1024")
-        _require(1 <= self.spill <= 8, "spill", self.spill, "from 1 to 8")
+        _require_whole("chunk_tokens", self.chunk_tokens, 8, 510, "a whole number from 8 to 510")
+        _require_whole("fanout", self.fanout, 2, 1024, "a whole number from 2 to 1024")
+        _require_whole("spill", self.spill, 1, 8, "a whole number from 1 to 8")
         _require(0 <= self.alpha <= 10, "alpha", self.alpha, "from 0 to 10")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "a non-negative integer")
+        _require_whole("seed", self.seed, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
         _require(len(self.language) == 2 and self.language.isalpha(), "language", self.language, "an ISO 639-1 code")
 
 
@@ -55,9 +70,12 @@ class SearchConfig:
     mode: Mode = "hybrid"
     """`hybrid`: the walk's chunks and BM25's best; `deep`: hybrid, then token states; `walk`, `exact`: vectors."""
     k: int = 10
-    """How many hits to return."""
+    """How many hits to return, of the candidates: all chunks for `exact` and `exact+bm25`, all with a word of the query
+    for `bm25`, those that the walk scored for `walk`, these and the best `bm25_candidates` for `hybrid` and `deep`."""
     beam: int = 32
     """How many nodes a walk keeps per level."""
+    beside: int = 4
+    """How many chunks before and after each of the walk's best `beam` chunks, in the same document, are scored too."""
     bm25_weight: float = 0.4
     """lambda: what the best BM25 score of a query is worth beside a cosine."""
     bm25_candidates: int = 256
@@ -69,9 +87,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
-        _require(self.k >= 1, "k", self.k, "at least 1")
-        _require(1 <= self.beam <= 4096, "beam", self.beam, "from 1 to 4096")
-        _require(self.bm25_weight >= 0, "bm25_weight", self.bm25_weight, "0 or more")
-        _require(self.bm25_candidates >= 1, "bm25_candidates", self.bm25_candidates, "at least 1")
-        _require(self.token_weight >= 0, "token_weight", self.token_weight, "0 or more")
-        _require(self.deep_candidates >= 1, "deep_candidates", self.deep_candidates, "at least 1")
+        _require_whole("beam", self.beam, 1, 4096, "a whole number from 1 to 4096")
+        _require_whole("beside", self.beside, 0, 64, "a whole number from 0 to 64")
+        for field in ("k", "bm25_candidates", "deep_candidates"):
+            _require_whole(field, getattr(self, field), 1, math.inf, "a whole number, at least 1")
+        for field in ("bm25_weight", "token_weight"):
+            value = getattr(self, field)
+            _require(0 <= value < math.inf, field, value, "a finite number, 0 or more")

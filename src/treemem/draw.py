@@ -65,7 +65,8 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
     for number, hit in enumerate(result.hits[:5]):
         way = [(places[depth - step.level][step.node], step.level) for step in hit.path]
         axes.plot(*zip(*way, strict=True), color="tab:red", alpha=1 - 0.17 * number, linewidth=1.2, zorder=2)
-    axes.set_title(f"“{result.query}”  ({result.scored:,} of {memory.image.chunks:,} vectors scored)", fontsize=11)
+    title = f"“{result.query}”  ({result.scored:,} of {memory.image.chunks:,} vectors scored)"
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.set_xlim(-0.01, 1.26)
     axes.axis("off")
     return axes

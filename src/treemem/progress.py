@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -40,12 +40,14 @@ def bars(console: Console) -> Iterator[Progress]:
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Bars(*columns, console=console, transient=True) as shown:
-        tasks: dict[str, TaskID] = {}
+        tasks: dict[str, Task] = {}
 
         def report(stage: str, done: float, total: float | None) -> None:
             if stage not in tasks:
-                tasks[stage] = shown.add_task(stage, total=total)
-            shown.update(tasks[stage], completed=done, total=total)
+                shown.add_task(stage, total=total)
+                tasks[stage] = shown.tasks[-1]
+            tasks[stage].total = total  # `update` would forget the rate whenever the total changes
+            shown.update(tasks[stage].id, completed=done)
 
         yield report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,10 +57,10 @@ class Hit:
     """Characters of the document's text: `document.text[span[0]:span[1]] == text`."""
     text: str
     path: tuple[PathStep, ...]
-    """From the top of the tree down to the chunk itself (level 1); only the chunk where no walk met it."""
+    """From the top of the tree down to the chunk itself (level 1); in mode `bm25` only the chunk."""
     chunk: int
     matches: tuple[TokenMatch, ...] = ()
-    """Which tokens answered which, in mode `deep`."""
+    """Which tokens answered which, in mode `deep` for the candidates whose tokens were compared."""
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON of `treemem search --json`."""
@@ -98,7 +98,7 @@ class GatheredLevel:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What one query found."""
+    """What one query found; iterating gives the hits, best first."""
 
     query: str
     hits: tuple[Hit, ...]
@@ -108,6 +108,12 @@ class SearchResult:
     """How many vectors were scored."""
     ms: float
     """Milliseconds of searching, the encoding of the query left out."""
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __len__(self) -> int:
+        return len(self.hits)
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON of `treemem search --json`."""
@@ -127,10 +133,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Context:
-    """What the language model was shown: the map of the levels, then numbered passages."""
+    """What an answer was made from."""
 
     levels: tuple[GatheredLevel, ...]
+    """What the walk gathered, coarse to fine, with labels on the best nodes. A model is shown some of these labels."""
     passages: tuple[Passage, ...]
+    """What the language model was shown, or what the quotes were taken from."""
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,39 @@ def test_an_invented_reply_is_replaced_by_quotes(small_memory: Memory, reply: st
     assert {"generate", "quote"} <= set(answer.timings)
 
 
-@pytest.mark.parametrize("reply", [REFUSAL, "The passages do not mention why.", "", " \n", "[1]"])
-def test_a_refusal_and_an_empty_reply_find_nothing(small_memory: Memory, reply: str) -> None:
+def test_an_unborne_reply_costs_one_embedding_of_the_sentences(
+    small_memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = small_memory.encoder.encode, []
+
+    def counted(texts: Sequence[str], **options: Any) -> Any:
+        calls.append(len(texts))
+        return encode(texts, **options)
+
+    monkeypatch.setattr(small_memory.encoder, "encode", counted)
+    monkeypatch.setattr("treemem.hierarchy.ask.bear_on", lambda *_: False)
+    answer = small_memory.ask(QUESTION, llm=ChosenReplies())
+    assert answer.extractive
+    assert len(calls) == 2  # the question, then the sentences
+    assert {"cite", "quote"} <= set(answer.timings)
+
+
+@pytest.mark.parametrize("reply", ["", " \n", "[1]", "<think>What do the passages", "<think>Hm.</think>\n"])
+def test_a_reply_that_says_nothing_is_replaced_by_quotes(small_memory: Memory, reply: str) -> None:
+    answer = small_memory.ask(QUESTION, llm=ChosenReplies(reply))
+    check(small_memory, answer)
+    assert (answer.found, answer.extractive) == (True, True)
+    assert "Smoke calms a hive because the bees fill themselves with honey." in answer.text
+
+
+def test_thoughts_are_left_out(small_memory: Memory) -> None:
+    answer = small_memory.ask(QUESTION, llm=ChosenReplies(f"<think>I don't know. In 1492?</think>\n{GROUNDED}"))
+    assert answer.text == GROUNDED
+    assert not answer.extractive
+
+
+@pytest.mark.parametrize("reply", [REFUSAL, "The passages do not mention why.", f"{REFUSAL} [1]"])
+def test_a_refusal_finds_nothing(small_memory: Memory, reply: str) -> None:
     answer = small_memory.ask(QUESTION, llm=ChosenReplies(reply))
     check(small_memory, answer)
     assert answer.text == REFUSAL
@@ -212,8 +243,26 @@ def test_below_the_threshold_the_memory_does_not_hold_the_answer(small_memory: M
     assert (low.found, high.found) == (True, False)
     assert high.text == REFUSAL
     assert len(model.shown) == 1  # asked only where something was found
-    other = small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=99), mode="walk")
-    assert other.found  # the threshold was measured in mode `deep` and means nothing in others
+    assert not small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=99), mode="walk").found
+
+
+def test_the_default_threshold_holds_where_it_was_measured(
+    small_memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mode `deep` with the default encoder: scores of others mean something else."""
+    model = ChosenReplies()
+    monkeypatch.setattr("treemem.hierarchy.ask.DEFAULT_THRESHOLD", 99.0)
+    assert not small_memory.ask(QUESTION, llm=model).found
+    assert small_memory.ask(QUESTION, llm=model, mode="hybrid").found
+    assert small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=0.0)).found
+    monkeypatch.setitem(small_memory._info.encoder, "name", "another")
+    assert small_memory.ask(QUESTION, llm=model).found
+    assert not small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=99)).found
+
+
+def test_asking_does_not_look_at_the_sizes_of_files(small_memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_bytes", lambda folder: pytest.fail("asked for a size"))
+    assert small_memory.ask(QUESTION, llm=None).found
 
 
 @pytest.mark.parametrize("question", ["\0", "why \udcff smoke \ud800 bees?", "😀?", QUESTION + " really" * 5000])
@@ -254,6 +303,8 @@ def test_settings_reach_search_and_model(small_memory: Memory) -> None:
     assert all(node.label == "" for level in answer.context.levels for node in level.nodes)
     with pytest.raises(InputError, match="beam = 0"):
         small_memory.ask(QUESTION, llm=None, beam=0)
+    with pytest.raises(InputError, match="max_tokens = 0: it must be at least 1"):
+        small_memory.ask(QUESTION, llm=model, max_tokens=0)
     with pytest.raises(InputError, match="not in this memory"):
         small_memory.ask(QUESTION, llm=None, within=["nope"])
 

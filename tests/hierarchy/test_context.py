@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.small import AWKWARD, QUESTIONS
 
+from treemem.hierarchy import context
 from treemem.hierarchy.context import LABEL_WORDS, label, labelled, passages
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.walk import subtree
@@ -77,6 +79,40 @@ def test_labels_are_given_to_the_best_of_each_level(small_memory: Memory) -> Non
     assert labelled(small_memory.image, (), 3) == ()
     nothing = GatheredLevel(2, 65, (GatheredNode(0, 0.5),))
     assert labelled(small_memory.image, [nothing], 0) == (nothing,)
+
+
+def test_labels_are_made_once_and_kept_while_their_image_is(
+    small_memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def counted(image: Image, level: int, node: int) -> str:
+        made.append((level, node))
+        return f"{level} {node}"
+
+    monkeypatch.setattr(context, "_made_label", counted)
+    monkeypatch.setattr(context, "LABELS_KEPT", 3)
+    image = Image(small_memory.image.folder)
+    for node in (0, 1, 0, 2, 1, 3, 0):
+        assert label(image, 2, node) == f"2 {node}"
+    assert made == [(2, 0), (2, 1), (2, 2), (2, 3), (2, 0)]  # the oldest went for the fourth
+    assert label(Image(small_memory.image.folder), 2, 0) == "2 0"
+    assert len(made) == 6
+    kept = len(context._labels)
+    del image
+    gc.collect()
+    assert len(context._labels) < kept
+
+
+def test_a_label_looks_at_some_chunks_of_a_large_node(small_memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "LABEL_CHUNKS", 8)
+    read: set[int] = set()
+    chunk_text = Image.chunk_text
+    image = Image(small_memory.image.folder)
+    monkeypatch.setattr(Image, "chunk_text", lambda self, chunk: read.add(chunk) or chunk_text(self, chunk))
+    assert len(subtree(image, 4, 0)) > 8
+    assert label(image, 4, 0)
+    assert len(read) <= 8
 
 
 # ---- passages

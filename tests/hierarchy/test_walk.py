@@ -18,6 +18,8 @@ from treemem.errors import InputError
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.walk import CACHED_CHUNKS, Searcher, subtree
+from treemem.storage.image import Image
+from treemem.storage.levels import contextual
 from treemem.types import Document, SearchResult
 
 STEP = 0.006
@@ -30,6 +32,10 @@ def config(mode: Mode, **settings: int | float) -> SearchConfig:
 
 def chunks_of(result: SearchResult) -> list[int]:
     return [hit.chunk for hit in result.hits]
+
+
+def number(image: Image, chunk: int) -> int:
+    return int(image.document_of(np.array([chunk]))[0])
 
 
 def cosines(memory: Memory, query: str) -> np.ndarray:
@@ -47,6 +53,17 @@ def cosines(memory: Memory, query: str) -> np.ndarray:
     out /= np.linalg.norm(out, axis=1, keepdims=True)
     embedded = memory.searcher.embed([query])[0]
     return (out @ embedded.vectors.T).max(1)
+
+
+def for_nodes(memory: Memory, query: str) -> np.ndarray:
+    """The query as nodes meet it: times the chunks' covariance to the power of -0.35, shrunk as the docstring says."""
+    alpha, chunk_ends = memory.info().config.alpha, memory.store.read("documents/chunk_ends")
+    vectors = contextual(memory.store.read("chunks/encodings"), chunk_ends, alpha).astype(np.float64)
+    n, d = vectors.shape
+    values, directions = np.linalg.eigh(np.cov(vectors.T, bias=True))
+    values = n / (n + d) * np.maximum(values, 0) / values.mean() + d / (n + d)
+    out = directions @ (values**-0.35 * (directions.T @ memory.searcher.embed([query])[0].vectors[0]))
+    return np.asarray(out / np.linalg.norm(out))
 
 
 def bm25(memory: Memory, query: str) -> np.ndarray:
@@ -151,17 +168,25 @@ def test_the_oracle_is_the_convex_sum_over_every_chunk(small_memory: Memory, que
 
 @pytest.mark.parametrize("query", QUESTIONS)
 def test_hybrid_is_the_walk_and_the_best_of_bm25(small_memory: Memory, query: str) -> None:
-    few = config("hybrid", k=1000, beam=4, bm25_candidates=7, bm25_weight=0.3)
-    result = small_memory.search(query, config=few)
-    walked = small_memory.search(query, config=config("walk", k=1000, beam=4))
+    embedded = small_memory.searcher.embed([query])[0]
+    few = config("hybrid", k=5, beam=4, bm25_candidates=7, bm25_weight=0.3)
+    ranked = small_memory.searcher.rank(embedded, few)
+    walked = small_memory.searcher.rank(embedded, config("walk", beam=4))
+    best = chunks_of(small_memory.search(query, config=config("bm25", k=7)))
+    assert set(ranked.chunks.tolist()) == set(walked.chunks.tolist()) | set(best)
+    assert ranked.scored == walked.scored + len(set(best) - set(walked.chunks.tolist()))
     words = bm25(small_memory, query)
-    best = small_memory.search(query, config=config("bm25", k=7))
-    assert set(chunks_of(result)) == set(chunks_of(walked)) | set(chunks_of(best))
-    new = set(chunks_of(best)) - set(chunks_of(walked))
-    assert result.scored == walked.scored + len(new)
     expected = cosines(small_memory, query) + 0.3 * words / words.max()
-    for hit in result.hits:
-        assert hit.score == pytest.approx(expected[hit.chunk], abs=STEP)
+    np.testing.assert_allclose(ranked.scores, expected[ranked.chunks], atol=STEP)
+
+
+@pytest.mark.parametrize("mode", ["bm25", "hybrid"])
+def test_bm25_gives_as_many_as_are_asked_for(small_memory: Memory, mode: Mode) -> None:
+    query = "the a of in bees and lamps"
+    holding = int((bm25(small_memory, query) > 0).sum())
+    assert holding > 40
+    result = small_memory.search(query, config=config(mode, k=1000, beam=1, beside=0, bm25_candidates=2))
+    assert len(result.hits) >= holding
 
 
 def test_hybrid_equals_its_oracle_where_all_are_candidates(small_memory: Memory) -> None:
@@ -264,7 +289,7 @@ def test_paths_run_from_the_top_through_parents(small_memory: Memory, mode: Mode
     levels = small_memory.store.levels()  # level 2 first
     top = len(levels) + 1
     query = QUESTIONS[1]
-    embedded = small_memory.searcher.embed([query])[0].vectors[0]
+    embedded = for_nodes(small_memory, query)
     for hit in small_memory.search(query, 200, mode=mode).hits:
         assert [step.level for step in hit.path] == list(range(top, 0, -1))
         for parent, child in zip(hit.path, hit.path[1:], strict=False):
@@ -295,6 +320,27 @@ def test_a_chunk_under_two_nodes_is_returned_once(small_memory: Memory) -> None:
     assert (parents == 2).any(), "no chunk was spilled: this test says nothing"
     result = small_memory.search(QUESTIONS[0], 1000, mode="walk", beam=4096)
     assert sorted(chunks_of(result)) == list(range(small_memory.image.chunks))
+
+
+@pytest.mark.parametrize("mode", ["walk", "hybrid"])
+def test_chunks_beside_the_best_are_scored(small_memory: Memory, mode: Mode) -> None:
+    image = small_memory.image
+    gained = 0
+    for query in QUESTIONS:
+        without = small_memory.searcher.search([query], config(mode, k=1000, beam=2, beside=0))[0]
+        result = small_memory.searcher.search([query], config(mode, k=1000, beam=2, beside=1))[0]
+        walked = small_memory.searcher.search([query], config("walk", k=2, beam=2, beside=0))[0]
+        near = {
+            c + step for c in chunks_of(walked) for step in (-1, 1) if c + step in image.chunks_of(number(image, c))
+        }
+        new = set(chunks_of(result)) - set(chunks_of(without))
+        assert set(chunks_of(without)) | near == set(chunks_of(result))
+        assert result.scored == without.scored + len(new) if mode == "walk" else result.scored >= without.scored
+        scores = cosines(small_memory, query)
+        if mode == "walk":
+            assert all(hit.score == pytest.approx(scores[hit.chunk], abs=STEP) for hit in result.hits)
+        gained += len(new)
+    assert gained > 0, "nothing stands beside: this test says nothing"
 
 
 def test_the_gathered_context_holds_every_level(small_memory: Memory) -> None:
@@ -447,10 +493,10 @@ def test_a_long_query_finds_what_any_part_asks_for(small_memory: Memory) -> None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"k": 0}, "k = 0: it must be at least 1"),
-        ({"k": -3}, "k = -3: it must be at least 1"),
-        ({"beam": 0}, "beam = 0: it must be from 1 to 4096"),
-        ({"beam": 5000}, "beam = 5000: it must be from 1 to 4096"),
+        ({"k": 0}, "k = 0: it must be a whole number, at least 1"),
+        ({"k": -3}, "k = -3: it must be a whole number, at least 1"),
+        ({"beam": 0}, "beam = 0: it must be a whole number from 1 to 4096"),
+        ({"beam": 5000}, "beam = 5000: it must be a whole number from 1 to 4096"),
         ({"mode": "nope"}, "mode = 'nope': it must be one of deep, hybrid, walk, exact, bm25, exact+bm25"),
     ],
 )

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treemem.storage.levels import Level, contextual, document_runs, node_vectors, parents, unit
+from treemem.storage import levels as storage_levels
+from treemem.storage.levels import Spread, contextual, document_runs, node_vectors, unit
 
 
 def encodings_of(generator: np.random.Generator, chunks: int, dimension: int) -> np.ndarray:
@@ -91,8 +92,10 @@ def test_documents_without_chunks() -> None:
     assert contextual(nothing, np.array([], np.int64), 0.5).shape == (0, 4)
 
 
-@pytest.mark.parametrize("nodes", [1, 7, 2047, 2048, 2049])
-def test_node_vectors_are_unit_means(nodes: int) -> None:
+@pytest.mark.parametrize("nodes", [1, 7, 100, 2049])
+@pytest.mark.parametrize("block", [1, 16, 1 << 15])
+def test_node_vectors_are_unit_means(nodes: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_levels, "BLOCK", block)
     generator = np.random.default_rng(nodes)
     below = encodings_of(generator, 500, 12)
     counts = generator.integers(1, 9, nodes)
@@ -123,7 +126,39 @@ def test_node_of_zero_vectors_is_zero() -> None:
     assert not got.any()
 
 
-def test_parents_are_the_first_ones() -> None:
-    children = np.array([0, 2, 1, 2, 4], np.int32)
-    level = Level(np.array([0, 2, 4, 5], np.int64), children, np.zeros((3, 2), np.float16))
-    assert parents(level, 6).tolist() == [0, 1, 0, -1, 2, -1]
+def spreading(n: int, d: int = 24) -> np.ndarray:
+    """Rows with a mean and with directions of very different importance."""
+    generator = np.random.default_rng(n)
+    return unit(generator.normal(size=(n, d)) * np.geomspace(2, 0.05, d) + np.eye(d)[3]).astype(np.float16)
+
+
+def test_spread_is_mean_and_covariance() -> None:
+    vectors = spreading(30_000)
+    spread = Spread.of(vectors)
+    np.testing.assert_allclose(spread.mean, vectors.astype(np.float64).mean(0), atol=1e-6)
+    covariance = np.cov(vectors.astype(np.float64).T, bias=True)
+    restored = (spread.directions * spread.values) @ spread.directions.T
+    np.testing.assert_allclose(restored, covariance / np.trace(covariance) * 24, atol=0.01)
+    half = spread.scaling(0.5)
+    np.testing.assert_allclose(half @ restored @ half, np.eye(24), atol=1e-4)
+    np.testing.assert_allclose(spread.scaling(0), np.eye(24), atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_few_vectors_have_almost_no_spread(n: int) -> None:
+    spread = Spread.of(spreading(n))
+    assert np.isfinite(spread.scaling(0.5)).all()
+    if n < 2:
+        np.testing.assert_allclose(spread.scaling(0.5), np.eye(24) * spread.scaling(0.5)[0, 0], atol=1e-5)
+
+
+def test_spread_of_equal_vectors_is_finite() -> None:
+    assert np.isfinite(Spread.of(np.tile(spreading(1), (500, 1))).scaling(0.5)).all()
+
+
+def test_spread_looks_at_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = spreading(9000)
+    monkeypatch.setattr(storage_levels, "SPREAD_ROWS", 4500)
+    sampled = Spread.of(vectors)
+    assert not np.array_equal(sampled.mean, vectors.astype(np.float64).mean(0).astype(np.float32))
+    np.testing.assert_allclose(sampled.mean, vectors.astype(np.float64).mean(0), atol=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tantivy import Occur, Query
 
 from treemem.kernels.reference import bm25_all, bm25_scores
 from treemem.storage import lexical
-from treemem.storage.lexical import MAX_QUERY_TERMS, Lexical, LexicalQuery, analyzer, build_lexical, lexical_bytes
+from treemem.storage.lexical import MAX_QUERY_TERMS, Lexical, LexicalQuery, analyzer, build_lexical
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -179,6 +180,34 @@ def test_ties_go_to_the_smaller_chunk(tmp_path: Path) -> None:
     assert index.best(index.query("apple"), 5)[0].tolist() == [9, 10, 11, 12, 13]
 
 
+def test_ties_across_files_go_to_the_smaller_chunk(tmp_path: Path) -> None:
+    """Files of the inverted index lie in any order, so more of it is asked for than is given."""
+    texts = ["pear fig", "apple and pear", "apple and plum"] * 200
+    folder = tmp_path / "several"
+    (folder / "bm25").mkdir(parents=True)
+    written = tantivy.Index(lexical._schema(), str(folder / "bm25"))
+    written.register_tokenizer("treemem", analyzer("en"))
+    for start in (450, 0, 300, 150):  # four commits make four files, the last chunks first
+        writer = written.writer(lexical._WRITER_BYTES, 1)
+        for chunk in range(start, start + 150):
+            writer.add_document(tantivy.Document(chunk=chunk, text=texts[chunk]))
+        writer.commit()
+        writer.wait_merging_threads()
+    built(tmp_path / "one", texts)
+    for name in lexical._FILES:
+        shutil.copy(lexical._file(tmp_path / "one", name), folder)
+    several, one = Lexical(folder, "en"), Lexical(tmp_path / "one", "en")
+    assert several._searcher.num_segments > 1
+    for text in ("apple", "apple pear", "plum and apple"):
+        for k in (1, 5, 150, 201):
+            found, scores = several.best(several.query(text), k)
+            again, same = one.best(one.query(text), k)
+            assert found.tolist() == again.tolist()
+            assert scores.tolist() == same.tolist()
+            own = scores_of_all(one, one.query(text))
+            assert found.tolist() == np.lexsort((np.arange(len(own)), -own))[:k].tolist()
+
+
 def test_case_accents_and_stems(tmp_path: Path) -> None:
     index = built(tmp_path, ["The Café's bakers were BAKING", "nothing of that"])
     assert index.best(index.query("cafe"), 5)[0].tolist() == [0]
@@ -220,8 +249,42 @@ def test_stored_lengths_are_tantivys() -> None:
     assert table[40:58].tolist() == [40, 42, 44, 46, 48, 50, 52, 54, 56, 60, 64, 68, 72, 76, 80, 84, 88, 96]
 
 
-def test_size_and_leftovers(tmp_path: Path) -> None:
+def test_nothing_else_is_left(tmp_path: Path) -> None:
     built(tmp_path, random_texts(50, 20))
-    assert lexical_bytes(tmp_path) == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
-    assert not (tmp_path / "hashed").exists()
-    assert not (tmp_path / "counted").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"bm25", *(f"words-{name}.npy" for name in lexical._FILES)}
+
+
+# ---- scripts without spaces between words
+
+CHINESE = ["人工智能与机器学习是计算机科学的分支。", "今天天气很好，我们去公园散步。", "机器人在工厂里工作。"]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_chinese_words_are_found(tmp_path: Path, language: str) -> None:
+    index = built(tmp_path, CHINESE, language)
+    assert index.best(index.query("机器学习"), 5)[0].tolist() == [0, 2]
+    assert index.best(index.query("天气"), 5)[0].tolist() == [1]
+    for text in ("机器学习", "公园散步", *CHINESE):
+        check_against_tantivy(index, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("国立図書館で新しいデータベースを公開しました。", "データベース"),
+        ("ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน", "ระดับเสียง"),
+        ("我们用Python写程序", "python"),
+        ("𠮷野家の牛丼", "牛丼"),
+    ],
+)
+def test_words_inside_a_clause_are_found(tmp_path: Path, text: str, query: str) -> None:
+    index = built(tmp_path, ["Nothing of that.", text])
+    assert index.best(index.query(query), 5)[0].tolist() == [1]
+    check_against_tantivy(index, query)
+
+
+def test_pairs_of_characters() -> None:
+    words = analyzer("zh")
+    assert words.analyze(lexical.spaced("学习AI，中")) == ["学习", "ai", "中"]
+    assert lexical.spaced("plain words, 3 of them") == "plain words, 3 of them"
+    assert lexical.spaced("naïve café") == "naïve café"

@@ -221,8 +221,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_a_folder_named_store_is_not_enough(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    with pytest.raises(StoreError, match=r"^[^\n]+$"):
-        Store.open(tmp_path)
+    for _ in range(2):
+        assert not Store.exists(tmp_path)
+        with pytest.raises(NotAMemory, match="this is no memory"):
+            Store.open(tmp_path)
+        (tmp_path / "store" / "stock.csv").write_text("7 apples")
 
 
 def test_another_icechunk_repository_is_no_memory(tmp_path: Path) -> None:
@@ -405,7 +408,7 @@ def test_damage_is_noticed_or_harmless(tmp_path: Path, finished: Path) -> None:
 
 @pytest.mark.slow
 def test_much_damage_is_noticed_or_harmless(tmp_path: Path, finished: Path) -> None:
-    try_damages(tmp_path / "m", finished, 3000, seed=1)
+    try_damages(tmp_path / "m", finished, 1000, seed=1)
 
 
 def test_verify_names_the_array(tmp_path: Path, finished: Path) -> None:

@@ -330,8 +330,8 @@ class _Trial:
                 best = self.searcher.rank(query.query, replace(self.config, mode="exact"), scope).chunks[:HITS]
             if len(best) == 0:  # an empty query
                 continue
-            walked = self.searcher.rank(query.query, replace(self.config, mode="walk"), scope).walked
-            kept = [*walked.nodes[:, 0], walked.chunks[0]]
+            ranked = self.searcher.rank(query.query, replace(self.config, mode="walk"), scope)
+            kept = [*ranked.walked.nodes[:, 0], ranked.chunks]
             rows.append(ancestors.held(best, [elements[elements >= 0] for elements in kept]))
         progress("walk against exact", len(self.queries), len(self.queries))
         if not rows:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import platformdirs
-
 from treemem import __version__
-from treemem.config import FORMAT_VERSION, SearchConfig, TreeConfig
+from treemem.config import FORMAT_VERSION, SearchConfig, TreeConfig, cache_folder
 from treemem.errors import InputError
 from treemem.evaluation.answers import evaluate_answers
 from treemem.evaluation.dataset import EvalQuery, EvalSet, load_set
@@ -112,10 +109,8 @@ def _built(eval_set: EvalSet, encoder: str, progress: Progress) -> Memory:
 
 def memory_folder(eval_set: EvalSet, encoder_weights: str) -> Path:
     """Where the memory of a set is kept: a name of its corpus's content and of all that shapes the memory."""
-    chosen = os.environ.get("TREEMEM_CACHE")
-    cache = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("treemem")
     with eval_set.corpus.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(f"{encoder_weights} {TreeConfig()} {FORMAT_VERSION} {__version__}".encode())
     name = re.sub(r"[^\w.-]+", "-", eval_set.name) or "set"
-    return cache / "eval" / f"{name}-{digest.hexdigest()[:16]}.memory"
+    return cache_folder() / "eval" / f"{name}-{digest.hexdigest()[:16]}.memory"
