@@ -69,7 +69,9 @@ class Ranked:
 
 
 def _ranked(chunks: np.ndarray, scores: np.ndarray, scored: int, walked: Walked = _NO_WALK) -> Ranked:
-    order = np.lexsort((chunks, -scores))
+    order = np.argsort(-scores, kind="stable")
+    if (np.diff(scores[order]) == 0).any():  # equal scores: the smaller chunk first
+        order = np.lexsort((chunks, -scores))
     return Ranked(chunks[order].astype(np.int32), scores[order].astype(np.float32), scored, walked)
 
 
@@ -197,7 +199,7 @@ class Searcher:
             cosines = self._cosines(query, chunks)
             scored += len(chunks)
         else:
-            beside = self._beside(chunks, cosines, config, scope)
+            beside = self._beside(chunks, config, scope)
             chunks = np.concatenate([chunks, beside])
             cosines = np.concatenate([cosines, self._cosines(query, beside)])
             scored += len(beside)
@@ -216,19 +218,18 @@ class Searcher:
         """The query as nodes are compared with it: see `treemem.storage.levels.Spread`."""
         return unit(query.vectors @ self.image.query_map)
 
-    def _beside(
-        self, chunks: np.ndarray, cosines: np.ndarray, config: SearchConfig, scope: Scope | None
-    ) -> Int32[np.ndarray, " new"]:
-        """Chunks that stand next to the best ones in their documents, without those that the walk met."""
-        best = chunks[np.argpartition(-cosines, config.beam)[: config.beam]] if len(chunks) > config.beam else chunks
+    def _beside(self, met: np.ndarray, config: SearchConfig, scope: Scope | None) -> Int32[np.ndarray, " new"]:
+        """Chunks that stand next to the best of `met`, which come first, in their documents, and are not among them."""
+        best = met[: config.beam]
         if config.beside == 0 or len(best) == 0:
             return np.empty(0, np.int32)
         first, last = self.image.bounds(self.image.document_of(best))
         near = best[:, None] + np.arange(-config.beside, config.beside + 1, dtype=np.int32)
-        found = np.unique(near[(near >= first[:, None]) & (near < last[:, None])])
-        if scope is not None:
-            found = found[scope.masks[-1][found] > 0]
-        return found[~np.isin(found, chunks)]
+        near = np.sort(near[(near >= first[:, None]) & (near < last[:, None])])
+        near = near[np.diff(near, prepend=-1) > 0]
+        known = np.sort(met)
+        near = near[known[np.minimum(np.searchsorted(known, near), len(known) - 1)] != near]
+        return near if scope is None else near[scope.masks[-1][near] > 0]
 
     @staticmethod
     def _met(walked: Walked) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from treemem import __version__
 from treemem.errors import TreememError, UnreadableInput
-from treemem.types import Answer, Progress, SearchResult, no_progress
+from treemem.types import Answer, DocumentRef, Progress, SearchResult, Span, no_progress
 
 if TYPE_CHECKING:
     from treemem.hierarchy.readers import ReadReport
@@ -378,16 +378,20 @@ def _print_json(value: Any) -> None:
     print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+def _place(document: DocumentRef, span: Span) -> str:
+    """A document's title, where it has one, its id, and the characters."""
+    title = f"[bold]{_shown(document.title)}[/] " if document.title not in ("", document.id) else ""
+    return f"{title}[dim]{_shown(document.id)}:{span[0]}-{span[1]}[/]"
+
+
 def _print_hits(result: SearchResult, chunks: int) -> None:
     if not result.hits:
         out.print("No hits: the query is empty." if not result.query.strip() else "No hits.")
         return
     for number, hit in enumerate(result.hits, 1):
         where = " > ".join(f"L{step.level}:{step.node} {step.score:.2f}" for step in hit.path)
-        name = hit.document.title or hit.document.id
         out.print(
-            f"[bold cyan]{number:>2}[/] [bold]{hit.score:.3f}[/]  [bold]{_shown(name)}[/] "
-            f"[dim]{_shown(hit.document.id)}:{hit.span[0]}-{hit.span[1]}  {where}[/]",
+            f"[bold cyan]{number:>2}[/] [bold]{hit.score:.3f}[/]  {_place(hit.document, hit.span)}  [dim]{where}[/]",
             soft_wrap=True,
         )
         text = " ".join(hit.text.split())
@@ -415,11 +419,9 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
     if not streamed or "".join(streamed).strip() != answer.text:
         out.print(escape(_harmless(answer.text)), soft_wrap=True)
     for citation in answer.citations:
-        name = citation.document.title or citation.document.id
         quote = " ".join(citation.text.split())
         out.print(
-            f"  [cyan]\\[{citation.number}][/] [bold]{_shown(name)}[/] "
-            f"[dim]{_shown(citation.document.id)}:{citation.span[0]}-{citation.span[1]}[/] "
+            f"  [cyan]\\[{citation.number}][/] {_place(citation.document, citation.span)} "
             f"{_shown(quote[:160] + (' …' if len(quote) > 160 else ''))}",
             soft_wrap=True,
         )
