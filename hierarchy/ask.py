@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_THRESHOLD = 1.7
 """Below this score of the best hit a memory does not hold the answer. Measured in mode `deep` with the default encoder
-by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 75% of foreign ones."""
+by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 76% of foreign ones."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResu
 
 CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""
+TITLE_TOKENS = 32
+"""How much of its document's title a chunk's tokens are read with, where the encoder has room for it."""
 _NO_WALK = Walked(
     np.empty((0, 1, 0), np.int32),
     np.empty((0, 1, 0), np.float32),
@@ -285,7 +287,8 @@ class Searcher:
     ) -> tuple[Ranked, dict[int, tuple[TokenMatch, ...]]]:
         """Late interaction (Khattab and Zaharia 2020) over the best candidates' token states.
 
-        Adds `mu * mean over query tokens of the best cosine among the chunk's tokens`; the others follow after them.
+        Adds `mu * mean over query tokens of the best cosine among the tokens of the chunk and of its title`; the others
+        follow after them. The matches that are told are those within the chunk.
         """
         encoder = self._require_encoder()
         parts = [query.text[a:b] for a, b in query.spans]
@@ -298,15 +301,17 @@ class Searcher:
         scores = ranked.scores.copy()
         matches: dict[int, tuple[TokenMatch, ...]] = {}
         for i, (chunk, tokens) in enumerate(zip(top, self.token_states(top, encoder), strict=True)):
-            if len(tokens.spans) == 0:
+            title = sum(end <= 0 for _, end in tokens.spans)
+            if len(tokens.spans) == title:
                 continue
-            similarities = states @ tokens.states.astype(np.float32).T  # (query tokens, text tokens)
+            similarities = states @ tokens.states.astype(np.float32).T  # (query tokens, title's and text's tokens)
+            scores[i] += config.token_weight * float(similarities.max(1).mean())
+            similarities, text_spans = similarities[:, title:], tokens.spans[title:]
             best = similarities.argmax(1)
             values = similarities[np.arange(len(best)), best]
-            scores[i] += config.token_weight * float(values.mean())
             begin = int(self.image.spans[chunk, 0])
             matches[int(chunk)] = tuple(
-                TokenMatch(span, (begin + tokens.spans[j][0], begin + tokens.spans[j][1]), float(value))
+                TokenMatch(span, (begin + text_spans[j][0], begin + text_spans[j][1]), float(value))
                 for span, j, value in zip(spans, best, values, strict=True)
             )
         order = np.lexsort((top, -scores[: len(top)]))
@@ -315,14 +320,25 @@ class Searcher:
         return deepened, matches
 
     def token_states(self, chunks: np.ndarray, encoder: Encoder) -> list[TokenStates]:
-        """Token states of chunks in float16, from the cache where they are hot, else encoded from their texts."""
+        """Token states of chunks in float16, from the cache where they are hot, else encoded from their texts.
+
+        A chunk is read after its document's title, whose tokens come first; their spans, counted from the beginning of
+        the chunk, end at 0 or before.
+        """
         wanted = [int(chunk) for chunk in chunks]
         with self._states_lock:
             known = {chunk: self._states[chunk] for chunk in wanted if chunk in self._states}
         missing = [chunk for chunk in wanted if chunk not in known]
-        fresh = encoder.token_states([self.image.chunk_text(chunk) for chunk in missing])
-        # Rounded before they are used, so that a chunk scores the same whether it was in the cache or not.
-        known |= {c: TokenStates(t.states.astype(np.float16), t.spans) for c, t in zip(missing, fresh, strict=True)}
+        titles = self._titles(missing, encoder)
+        fresh = encoder.token_states(
+            [title + self.image.chunk_text(chunk) for title, chunk in zip(titles, missing, strict=True)]
+        )
+        for chunk, title, tokens in zip(missing, titles, fresh, strict=True):
+            spans = [(start - len(title), end - len(title)) for start, end in tokens.spans]
+            # A token of the text may begin with the space before it, which here is the title's.
+            spans = [(max(0, start) if end > 0 else start, end) for start, end in spans]
+            # Rounded before they are used, so that a chunk scores the same whether it was in the cache or not.
+            known[chunk] = TokenStates(tokens.states.astype(np.float16), spans)
         with self._states_lock:
             for chunk in wanted:
                 self._states[chunk] = known[chunk]
@@ -330,6 +346,16 @@ class Searcher:
             while len(self._states) > CACHED_CHUNKS:
                 self._states.popitem(last=False)
         return [known[chunk] for chunk in wanted]
+
+    def _titles(self, chunks: list[int], encoder: Encoder) -> list[str]:
+        """What stands before each chunk: its document's title and a colon, or nothing."""
+        room = min(TITLE_TOKENS, encoder.longest - self._chunk_tokens - 2)
+        if room < 1:
+            return [""] * len(chunks)
+        documents = self.image.document_of(np.array(chunks, np.int64))
+        titles = [_encodable(self.image.reference(int(document)).title).strip() for document in documents]
+        spans = encoder.token_spans(titles)
+        return [title[: own[:room][-1][1]] + ": " if own else "" for title, own in zip(titles, spans, strict=True)]
 
     # ---- results
 

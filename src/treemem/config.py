@@ -82,7 +82,7 @@ class SearchConfig:
     """How many of BM25's best chunks are candidates."""
     token_weight: float = 2.0
     """mu: what the late interaction is worth beside the sum of the other two."""
-    deep_candidates: int = 32
+    deep_candidates: int = 16
     """How many candidates have their tokens compared in mode `deep`."""
 
     def __post_init__(self) -> None:

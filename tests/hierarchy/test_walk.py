@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes import FakeEncoder
 from tests.small import AWKWARD, CONFIG, QUESTIONS, documents
 
-from treemem.config import MAX_QUERY_EMBEDDINGS, MODES, Mode, SearchConfig
+from treemem.config import MAX_QUERY_EMBEDDINGS, MODES, Mode, SearchConfig, TreeConfig
 from treemem.errors import InputError
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.memory import Memory
-from treemem.hierarchy.walk import CACHED_CHUNKS, Searcher, subtree
+from treemem.hierarchy.walk import CACHED_CHUNKS, TITLE_TOKENS, Searcher, subtree
 from treemem.storage.image import Image
 from treemem.storage.levels import contextual
 from treemem.types import Document, SearchResult
@@ -214,7 +215,7 @@ def test_deep_adds_the_late_interaction(small_memory: Memory, minilm: Encoder, q
     assert chunks_of(result)[5:] == chunks_of(hybrid)[5:]
     (own,) = minilm.token_states([query], precise=True)
     for hit in result.hits[:5]:
-        (text,) = minilm.token_states([hit.text], precise=True)
+        (text,) = minilm.token_states([f"{hit.document.title}: {hit.text}"], precise=True)
         similarities = own.states @ text.states.T
         expected = before[hit.chunk] + 1.5 * similarities.max(1).mean()
         assert hit.score == pytest.approx(expected, abs=0.02)  # token states of texts are computed in bfloat16
@@ -235,6 +236,41 @@ def test_matches_name_tokens_of_the_query_and_the_document(small_memory: Memory)
         for match in hit.matches:
             assert hit.span[0] <= match.text[0] < match.text[1] <= hit.span[1]
             assert -1.001 <= match.similarity <= 1.001
+
+
+def test_the_title_answers_too_but_is_no_match_in_the_text(tmp_path: Path) -> None:
+    """Two documents that differ in their titles alone."""
+    text = "The harbour was built in stone by hand."
+    titles = {"b": "Lisbon", "a": "Oslo"}
+    sources = [Document(name, text, title) for name, title in titles.items()]
+    memory = Memory.build(sources, tmp_path / "m", encoder=FakeEncoder())
+    for name, title in titles.items():
+        result = memory.search(f"harbour {title}", 2, mode="deep")
+        first, second = result.hits
+        assert first.document.id == name
+        assert first.score > second.score + 0.2
+        for hit in result.hits:
+            harbour, city = hit.matches
+            assert text[slice(*harbour.text)] == "harbour"
+            assert city.similarity < 0.9  # the text itself does not hold the title
+            assert all(0 <= match.text[0] < match.text[1] <= len(text) for match in hit.matches)
+
+
+@pytest.mark.parametrize(
+    ("longest", "kept"), [(510, TITLE_TOKENS), (40 + 2 + 5, 5), (40 + 2, 0)], ids=["whole", "some", "none"]
+)
+def test_a_title_takes_only_the_room_that_the_encoder_has(tmp_path: Path, longest: int, kept: int) -> None:
+    title = " ".join(f"word{i}" for i in range(100))
+    text = " ".join(f"text{i}" for i in range(40))
+    encoder = FakeEncoder(longest=longest)
+    memory = Memory.build(
+        [Document("a", text, title)], tmp_path / "m", encoder=encoder, config=TreeConfig(chunk_tokens=40)
+    )
+    (tokens,) = memory.searcher.token_states(np.array([0]), encoder)
+    before = [span for span in tokens.spans if span[1] <= 0]
+    assert len(before) == (kept + 1 if kept else 0)  # and the colon
+    assert [text[slice(*span)] for span in tokens.spans[len(before) :]] == text.split()
+    assert len(tokens.states) == len(tokens.spans) <= longest
 
 
 def test_deep_scores_the_same_from_the_cache(small_memory_path: Path, minilm: Encoder) -> None:
@@ -625,7 +661,9 @@ def test_threads_share_one_small_cache(small_memory: Memory, monkeypatch: pytest
 
     def look(chunks: np.ndarray) -> bool:
         states = searcher.token_states(chunks, small_memory.encoder)
-        lengths = [len(small_memory.image.chunk_text(int(chunk))) for chunk in chunks]
+        titles = searcher._titles([int(chunk) for chunk in chunks], small_memory.encoder)
+        texts = [small_memory.image.chunk_text(int(chunk)) for chunk in chunks]
+        lengths = [len(title + text) for title, text in zip(titles, texts, strict=True)]
         return [float(state.states[0, 0]) for state in states] == lengths
 
     with ThreadPoolExecutor(4) as pool:
