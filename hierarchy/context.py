@@ -10,6 +10,7 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from jaxtyping import Float64
 
 from treemem.hierarchy.prompt import content_words
 from treemem.hierarchy.walk import subtree
@@ -34,7 +35,7 @@ def label(image: Image, level: int, node: int) -> str:
         known = _labels.setdefault(image, {})
         if (level, node) in known:
             return known[level, node]
-    made = _made_label(image, level, node)
+    made = make_label(image, level, node)
     with _labels_lock:
         known[level, node] = made
         while len(known) > LABELS_KEPT:
@@ -42,13 +43,23 @@ def label(image: Image, level: int, node: int) -> str:
     return made
 
 
-def _made_label(image: Image, level: int, node: int) -> str:
-    """The words that tell most of the chunks below a node.
+def relative_entropy(
+    shares: Float64[np.ndarray, " t"], overall: Float64[np.ndarray, " t"]
+) -> Float64[np.ndarray, " t"]:
+    """How much terms tell of a node: their parts in the relative entropy of node and memory.
 
-    A term's weight is its part in the relative entropy of the node and the memory (Tomokiyo and Hurst 2003, section
-    3.1): the share of the node's chunks that hold it, times the logarithm of how many times their share in the whole
-    memory that is. Class-based TF-IDF never gets below zero, and labelled large nodes "the, and, was".
+    That is a term's share inside, times the logarithm of how many times its share in the whole memory that is (Tomokiyo
+    and Hurst 2003, section 3.1). `benchmarks/labels.py` has it beside class-based TF-IDF.
+
+    Args:
+        shares: of the node's chunks, those that hold a term.
+        overall: of all chunks, those that hold it.
     """
+    return shares * np.log(shares / overall)
+
+
+def make_label(image: Image, level: int, node: int, weigh: Callable[..., np.ndarray] = relative_entropy) -> str:
+    """The words that tell most of the chunks below a node, by a weight of terms as `relative_entropy`."""
     index = image.lexical.index
     chunks = subtree(image, level, node)
     if len(chunks) > LABEL_CHUNKS:
@@ -57,8 +68,7 @@ def _made_label(image: Image, level: int, node: int) -> str:
     holders = np.repeat(chunks, lengths)
     entries = index.terms[np.arange(len(holders)) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)]
     terms, counts = np.unique(entries, return_counts=True)
-    shares = counts / len(chunks)
-    weights = shares * np.log(shares * image.chunks / image.lexical.frequencies[terms])
+    weights = weigh(counts / len(chunks), image.lexical.frequencies[terms] / image.chunks)
     words: list[str] = []
     for place in np.argsort(-weights, kind="stable")[: 4 * LABEL_WORDS]:
         term = terms[place]

@@ -90,7 +90,7 @@ def test_labels_are_made_once_and_kept_while_their_image_is(
         made.append((level, node))
         return f"{level} {node}"
 
-    monkeypatch.setattr(context, "_made_label", counted)
+    monkeypatch.setattr(context, "make_label", counted)
     monkeypatch.setattr(context, "LABELS_KEPT", 3)
     image = Image(small_memory.image.folder)
     for node in (0, 1, 0, 2, 1, 3, 0):
