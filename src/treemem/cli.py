@@ -378,6 +378,10 @@ def _print_json(value: Any) -> None:
     print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+def _beginning(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most].rstrip() + " …"
+
+
 def _place(document: DocumentRef, span: Span) -> str:
     """A document's title, where it has one, its id, and the characters."""
     title = f"[bold]{_shown(document.title)}[/] " if document.title not in ("", document.id) else ""
@@ -395,7 +399,7 @@ def _print_hits(result: SearchResult, chunks: int) -> None:
             soft_wrap=True,
         )
         text = " ".join(hit.text.split())
-        out.print("    " + _shown(text[:240] + (" …" if len(text) > 240 else "")), soft_wrap=True)
+        out.print("    " + _shown(_beginning(text, 240)), soft_wrap=True)
     out.print(f"[dim]{result.scored:,} vectors scored in a memory of {chunks:,} chunks, {result.ms:.1f} ms[/]")
 
 
@@ -422,7 +426,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
         quote = " ".join(citation.text.split())
         out.print(
             f"  [cyan]\\[{citation.number}][/] {_place(citation.document, citation.span)} "
-            f"{_shown(quote[:160] + (' …' if len(quote) > 160 else ''))}",
+            f"{_shown(_beginning(quote, 160))}",
             soft_wrap=True,
         )
     # The first token is a part of generating.
