@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -46,6 +48,10 @@ _METADATA_DAMAGE = (*_DAMAGE, KeyError, TypeError, AttributeError, IndexError)
 """… and while they make sense of metadata."""
 _QUIET = "warn,icechunk::storage::object_store=error"
 _DIGESTED_ATTRIBUTES = ("format", "config", "encoder")
+
+# A thread of icechunk's may still hold on to Python objects of the last read when the interpreter goes, and then aborts
+# the process although all went well: 7 of 30 scripts that read and end at once, none of 30 with this pause.
+atexit.register(time.sleep, 0.02)
 
 
 @contextmanager
