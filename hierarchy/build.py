@@ -12,13 +12,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from treemem.config import TreeConfig
-from treemem.errors import EncoderMismatch, InputError, StoreError
+from treemem.errors import DamagedMemory, EncoderMismatch, InputError, ModelError, StoreError
 from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.grow import grow
 from treemem.hierarchy.segment import cut
+from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.files import is_work, work_folder
 from treemem.storage.image import build_image, image_folder
-from treemem.storage.levels import contextual, document_runs
+from treemem.storage.levels import Gate, contextual, document_runs
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document, Progress, no_progress
 
@@ -41,6 +42,7 @@ def build(
     progress: Progress = no_progress,
     *,
     distinct: bool = False,
+    hierarchy: Hierarchy | None = None,
 ) -> None:
     """Build a memory, or continue a build that was interrupted.
 
@@ -51,20 +53,23 @@ def build(
         config: how the tree is built.
         progress: told about chunks encoded (of those cut so far), levels grown and the image written.
         distinct: whether the documents' ids are known to differ.
+        hierarchy: a trained one that the tree is grown with; None for an untrained tree.
 
     Raises:
         StoreError: a whole memory is there already, or another process is building it.
         InputError: a document cannot be stored or its id stood before; a continued build is given other documents or
             another configuration.
         EncoderMismatch: a continued build is given another encoder.
-        ModelError: the encoder gives NaN or infinity.
+        ModelError: the encoder gives NaN or infinity, or the hierarchy was trained on another.
         OutOfSpace: the disk is full; the same build again continues.
     """
     if config.chunk_tokens > encoder.longest:
         raise InputError(f"chunk_tokens = {config.chunk_tokens}: encoder {encoder.name!r} takes {encoder.longest}")
+    if hierarchy is not None:
+        hierarchy.require_encoder(encoder.info)
     require_free(path)
-    with _alone(path):
-        store = _open_or_create(path, encoder, config)
+    with alone(path):
+        store = _open_or_create(path, encoder, config, hierarchy)
         checked = _checked(documents)
         remaining = _skip_stored(store, checked if distinct else _distinct(checked), progress)
         if store.finished:
@@ -94,7 +99,7 @@ def _taken(path: Path) -> StoreError:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold the memory's build lock, which the system takes back from a process that is killed."""
     with guard(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -102,16 +107,17 @@ def _alone(path: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise StoreError(f"{path}: another process is building this memory; wait for it or end it") from None
+            raise StoreError(f"{path}: another process is writing this memory; wait for it or end it") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig) -> Store:
+def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig, hierarchy: Hierarchy | None) -> Store:
+    given = None if hierarchy is None else (hierarchy.config_bytes(), hierarchy.weights_bytes())
     if not Store.exists(path):
-        return Store.create(path, config, asdict(encoder.info))
+        return Store.create(path, config, asdict(encoder.info), given)
     store = Store.open(path)
     info = store.info()
     if info.state == "complete" and not store.finished:  # killed when all was written, but not yet visible
@@ -121,6 +127,8 @@ def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig) -> Store:
     check_encoder(path, info.encoder, encoder)
     if info.config != config:
         raise InputError(f"{path}: its interrupted build has other settings; use {info.config} or another path")
+    if store.hierarchy() != given:
+        raise InputError(f"{path}: its interrupted build has another hierarchy; give that one, or use another path")
     store.remove_leftovers()
     return store
 
@@ -224,12 +232,32 @@ def _batches(documents: Iterator[Document], encoder: Encoder, config: TreeConfig
 
 def _finish(store: Store, config: TreeConfig, progress: Progress) -> None:
     """Grow the tree over all chunks, make the memory visible and write its serving image."""
+    hierarchy = stored_hierarchy(store)
     with guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
-        vectors = contextual_file(store, config.alpha, scratch / "level-1", progress)
-        levels = grow(vectors, config.fanout, config.spill, config.seed, progress)
+        vectors = contextual_file(store, config.alpha, scratch / "level-1", progress, _gate(hierarchy))
+        residuals = None if hierarchy is None else hierarchy.residuals
+        levels = grow(vectors, config.fanout, config.spill, config.seed, progress, residuals)
         info = store.info()
         store.finish(levels, f"build: {info.documents:,} documents, {info.chunks:,} chunks", progress)
         build_image(store, vectors, progress)
+
+
+def stored_hierarchy(store: Store) -> Hierarchy | None:
+    """The trained hierarchy of a memory, None where its tree is untrained.
+
+    Raises DamagedMemory where it cannot be read.
+    """
+    stored = store.hierarchy()
+    if stored is None:
+        return None
+    try:
+        return Hierarchy.from_bytes(*stored)
+    except ModelError as error:
+        raise DamagedMemory(f"{store.path}: its trained hierarchy: {error}") from error
+
+
+def _gate(hierarchy: Hierarchy | None) -> Gate | None:
+    return None if hierarchy is None else hierarchy.context
 
 
 def write_image(store: Store, config: TreeConfig, progress: Progress = no_progress) -> Path:
@@ -237,11 +265,15 @@ def write_image(store: Store, config: TreeConfig, progress: Progress = no_progre
 
     Raises DamagedMemory and OutOfSpace as `build_image` does.
     """
+    hierarchy = stored_hierarchy(store)
     with guard(store.path, ()), work_folder(store.path, "imaging-") as scratch:
-        return build_image(store, contextual_file(store, config.alpha, scratch / "level-1", progress), progress)
+        vectors = contextual_file(store, config.alpha, scratch / "level-1", progress, _gate(hierarchy))
+        return build_image(store, vectors, progress)
 
 
-def contextual_file(store: Store, alpha: float, path: Path, progress: Progress = no_progress) -> np.ndarray:
+def contextual_file(
+    store: Store, alpha: float, path: Path, progress: Progress = no_progress, gate: Gate | None = None
+) -> np.ndarray:
     """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes."""
     chunk_ends = store.read("documents/chunk_ends")
     encodings = store.array("chunks/encodings")
@@ -255,5 +287,5 @@ def contextual_file(store: Store, alpha: float, path: Path, progress: Progress =
                 if begin:
                     progress("adding context", begin, encodings.shape[0])
                 rows = np.asarray(encodings[begin : int(chunk_ends[last - 1])])
-                file.write(contextual(rows, chunk_ends[first:last] - begin, alpha).data)
+                file.write(contextual(rows, chunk_ends[first:last] - begin, alpha, gate).data)
         return np.memmap(path, np.float16, "r", shape=encodings.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from numba import njit
 
-from treemem.storage.levels import CLUSTERING_POWER, Level, Rows, Spread, as_float32, node_vectors, unit
+from treemem.storage.levels import (
+    CLUSTERING_POWER,
+    Level,
+    Residual,
+    Rows,
+    Spread,
+    as_float32,
+    node_vectors,
+    unit,
+)
 from treemem.types import Progress, no_progress
 
 SLACK = 1.25
@@ -76,7 +85,14 @@ Done = Callable[[float, float | None], object]
 """Told how much of how much is done."""
 
 
-def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Progress = no_progress) -> list[Level]:
+def grow(
+    vectors: np.ndarray,
+    fanout: int,
+    spill: int,
+    seed: int,
+    progress: Progress = no_progress,
+    residuals: Mapping[int, Residual] | None = None,
+) -> list[Level]:
     """Grow all levels of nodes over chunk vectors.
 
     Args:
@@ -85,6 +101,7 @@ def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Prog
         spill: in how many level-2 nodes a chunk stands, where there is room; at most fanout / 2.5.
         seed: the same seed gives the same tree on the same machine.
         progress: told how many elements are clustered and seated, level by level.
+        residuals: trained level encoders by level; where there is none, nodes are means.
 
     Returns:
         Level 2 first; none where the chunks themselves are few enough for a top level (2 * fanout).
@@ -101,7 +118,7 @@ def grow(vectors: np.ndarray, fanout: int, spill: int, seed: int, progress: Prog
         level = len(levels) + 2
         centres, cells = _centres(rows, nodes, rng, partial(progress, f"clustering level {level}"))
         seats = _seats(rows, centres, cells, fanout, copies, partial(progress, f"seating level {level}"))
-        levels.append(_level(seats, below))
+        levels.append(_level(seats, below, (residuals or {}).get(level)))
         below = levels[-1].vectors
     return levels
 
@@ -329,11 +346,11 @@ def _seat_the_rest(seats: np.ndarray, below: Rows, centres: np.ndarray) -> None:
             free[node] -= 1
 
 
-def _level(seats: np.ndarray, below: np.ndarray) -> Level:
+def _level(seats: np.ndarray, below: np.ndarray, residual: Residual | None) -> Level:
     """Nodes in order, children sorted, empty nodes left out, vectors from the children."""
     counts = (seats >= 0).sum(1)
     ordered = np.sort(np.where(seats < 0, np.iinfo(np.int32).max, seats), axis=1)[counts > 0]
     counts = counts[counts > 0]
     children = ordered[np.arange(ordered.shape[1]) < counts[:, None]].astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Level(offsets, children, node_vectors(below, offsets, children))
+    return Level(offsets, children, node_vectors(below, offsets, children, residual))

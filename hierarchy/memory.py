@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from treemem.config import SearchConfig, TreeConfig
-from treemem.errors import DamagedMemory, InputError, UnreadableInput
+from treemem.errors import DamagedMemory, InputError, ModelError, UnreadableInput
 from treemem.hierarchy.ask import AskConfig, ask, config_for
 from treemem.hierarchy.build import build, check_encoder, require_free, write_image
 from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
 from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
 from treemem.hierarchy.readers import ReadReport, read
 from treemem.hierarchy.walk import Searcher
+from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.image import Image, image_folder
 from treemem.storage.store import Store, StoreInfo
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
@@ -39,6 +40,8 @@ class MemoryInfo:
     snapshot: str
     format: int
     config: TreeConfig
+    trained: str | None
+    """Of the tree's hierarchy: when and on what it was trained; None where it is untrained."""
     store_bytes: int
     image_bytes: int
 
@@ -53,6 +56,7 @@ class Memory:
         self._info = info
         self._load_encoder = encoder
         self._encoder: Encoder | None = None
+        self._hierarchy: Hierarchy | None = None
         self._searcher: Searcher | None = None
         self._models: dict[tuple[str, str | None], LanguageModel | None] = {}
         # Threads that come first together load a thing once.
@@ -68,6 +72,7 @@ class Memory:
         path: str | Path,
         *,
         encoder: str | Encoder = DEFAULT_ENCODER,
+        hierarchy: str | Path | Hierarchy | None = None,
         config: TreeConfig | None = None,
         report: ReadReport | None = None,
         strict: bool = False,
@@ -79,6 +84,7 @@ class Memory:
             sources: files, folders and globs, or a document or several; none at all make an empty memory.
             path: where the memory is to lie; nothing else may be there.
             encoder: encoder 1, by name or loaded.
+            hierarchy: a trained one to grow the tree with, its folder or loaded; None for an untrained tree.
             config: how the tree is built.
             report: filled with what could not be read.
             strict: stop before the tree is grown if anything could not be read.
@@ -89,9 +95,12 @@ class Memory:
             InputError: a path does not exist, nothing can be read, or two documents have one id.
             UnreadableInput: something could not be read and `strict` was asked for.
             UnknownModel: there is no such encoder.
+            ModelError: the hierarchy cannot be used, or was trained on another encoder.
         """
         path = Path(path)
         config = config or TreeConfig()
+        if isinstance(hierarchy, str | Path):
+            hierarchy = Hierarchy.load(hierarchy)
         report = report if report is not None else ReadReport()
         require_free(path)
         from_files = _are_paths(sources)
@@ -101,7 +110,15 @@ class Memory:
         if strict:
             documents = _strictly(documents, report, path)
         loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
-        build(path, documents, loaded, config, _extrapolated(progress, fraction), distinct=from_files)
+        build(
+            path,
+            documents,
+            loaded,
+            config,
+            _extrapolated(progress, fraction),
+            distinct=from_files,
+            hierarchy=hierarchy,
+        )
         return cls.open(path, encoder=loaded)
 
     @classmethod
@@ -143,12 +160,25 @@ class Memory:
             return self._encoder
 
     @property
+    def hierarchy(self) -> Hierarchy | None:
+        """What the tree has learned, None where it is untrained."""
+        with self._lock:
+            if self._hierarchy is None and self.image.hierarchy is not None:
+                try:
+                    self._hierarchy = Hierarchy.from_bytes(*self.image.hierarchy)
+                except ModelError as error:
+                    raise DamagedMemory(f"{self.image.folder}: {error}; delete the folder") from error
+            return self._hierarchy
+
+    @property
     def searcher(self) -> Searcher:
         """What answers queries, with the encoder."""
         with self._lock:
             if self._searcher is None:
                 config = self._info.config
-                self._searcher = Searcher(self.image, self.encoder, config.chunk_tokens, config.language)
+                self._searcher = Searcher(
+                    self.image, self.encoder, config.chunk_tokens, config.language, self.hierarchy
+                )
             return self._searcher
 
     def search(
@@ -267,6 +297,7 @@ class Memory:
             snapshot=info.snapshot,
             format=info.format,
             config=info.config,
+            trained=None if self.hierarchy is None else str(self.hierarchy.card.get("summary", "yes")),
             store_bytes=_bytes(self.store.path / "store"),
             image_bytes=_bytes(self.image.folder),
         )

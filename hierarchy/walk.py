@@ -16,6 +16,7 @@ from treemem.config import MAX_QUERY_EMBEDDINGS, SearchConfig
 from treemem.errors import InputError
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
+from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
 from treemem.kernels import Walked, back_end
 from treemem.kernels.reference import quantise_queries
 from treemem.storage.image import Image
@@ -80,10 +81,18 @@ def _ranked(chunks: np.ndarray, scores: np.ndarray, scored: int, walked: Walked 
 class Searcher:
     """Answers queries from one serving image. Safe to share between threads: its only state is a cache under a lock."""
 
-    def __init__(self, image: Image, encoder: Encoder | None, chunk_tokens: int, language: str) -> None:
-        """Wrap an image; without an encoder only BM25 can be asked."""
+    def __init__(
+        self,
+        image: Image,
+        encoder: Encoder | None,
+        chunk_tokens: int,
+        language: str,
+        hierarchy: Hierarchy | None = None,
+    ) -> None:
+        """Wrap an image, with its trained hierarchy where it has one; without an encoder only BM25 can be asked."""
         self.image = image
         self.encoder = encoder
+        self.hierarchy = hierarchy
         self.kernels = back_end()
         self._chunk_tokens = chunk_tokens
         self._language = language
@@ -97,7 +106,7 @@ class Searcher:
         vector = np.zeros((1, self.image.tree.dimension), np.float32)
         query = EmbeddedQuery(self.image.chunk_text(0), vector, ((0, 1),))
         self.rank(query, SearchConfig(beam=1))
-        self._cosines(query, np.zeros(1, np.int32))
+        self._cosines(self._asked(query), np.zeros(1, np.int32))
 
     # ---- queries
 
@@ -182,43 +191,47 @@ class Searcher:
             return Ranked(chunks, scores, 0)
         if len(query.vectors) == 0:
             return nothing
+        asked = self._asked(query)
         if config.mode == "exact":
             chunks, scores = self.kernels.exact(
-                self.image.tree, query.vectors[None], config.k, None if scope is None else scope.masks
+                self.image.tree, asked[-1][None], config.k, None if scope is None else scope.masks
             )
             found = chunks[0] >= 0
             scored = self.image.chunks if scope is None else len(scope.chunks)
             return Ranked(chunks[0][found], scores[0][found], scored)
         if config.mode == "exact+bm25":
             chunks = np.arange(self.image.chunks, dtype=np.int32) if scope is None else scope.chunks
-            return self._both(query, chunks, self._cosines(query, chunks), config, scope, len(chunks), _NO_WALK)
-        walked = self._walk(query, config.beam, scope)
+            return self._both(query, asked, chunks, self._cosines(asked, chunks), config, scope, len(chunks), _NO_WALK)
+        walked = self.kernels.walk(self.image.tree, asked[:, None], config.beam, None if scope is None else scope.masks)
         chunks, cosines = self._met(walked)
         scored = int(walked.scored[0])
         if scope is not None and len(scope.chunks) <= config.beam * self._most_children:
             # No more than a walk may score at the chunks' level: all of them, then, and none is missed.
             chunks = scope.chunks
-            cosines = self._cosines(query, chunks)
+            cosines = self._cosines(asked, chunks)
             scored += len(chunks)
         else:
             beside = self._beside(chunks, config, scope)
             chunks = np.concatenate([chunks, beside])
-            cosines = np.concatenate([cosines, self._cosines(query, beside)])
+            cosines = np.concatenate([cosines, self._cosines(asked, beside)])
             scored += len(beside)
         if config.mode == "walk":
             return _ranked(chunks, cosines, scored, walked)
-        return self._both(query, chunks, cosines, config, scope, scored, walked)
+        return self._both(query, asked, chunks, cosines, config, scope, scored, walked)
 
-    def _walk(self, query: EmbeddedQuery, beam: int, scope: Scope | None) -> Walked:
+    def _asked(self, query: EmbeddedQuery) -> Float32[np.ndarray, "depth m d"]:
+        """The query as each level is compared with it, top first.
+
+        Nodes: see `treemem.storage.levels.Spread`. Then come the rankers, where they are trained.
+        """
         depth = self.image.tree.depth
-        queries = np.empty((depth, 1, *query.vectors.shape), np.float32)
-        queries[:-1] = self._for_nodes(query)
-        queries[-1] = query.vectors
-        return self.kernels.walk(self.image.tree, queries, beam, None if scope is None else scope.masks)
-
-    def _for_nodes(self, query: EmbeddedQuery) -> Float32[np.ndarray, "m d"]:
-        """The query as nodes are compared with it: see `treemem.storage.levels.Spread`."""
-        return unit(query.vectors @ self.image.query_map)
+        asked = np.empty((depth, *query.vectors.shape), np.float32)
+        asked[:-1] = unit(query.vectors @ self.image.query_map) if depth > 1 else 0
+        asked[-1] = query.vectors
+        if self.hierarchy is not None:
+            for level in range(1, depth + 1):
+                asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
+        return asked
 
     def _beside(self, met: np.ndarray, config: SearchConfig, scope: Scope | None) -> Int32[np.ndarray, " new"]:
         """Chunks that stand next to the best of `met`, which come first, in their documents, and are not among them."""
@@ -238,8 +251,14 @@ class Searcher:
         met = walked.chunks[0] >= 0
         return walked.chunks[0][met], walked.chunk_scores[0][met]
 
-    def _cosines(self, query: EmbeddedQuery, chunks: np.ndarray) -> np.ndarray:
-        return self.kernels.score_chunks(self.image.tree, query.vectors[None], chunks[None])[0]
+    def _cosines(self, asked: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        return self.kernels.score_chunks(self.image.tree, asked[-1][None], chunks[None])[0]
+
+    def bm25_weight(self, config: SearchConfig) -> float:
+        """What BM25's best score is worth beside a cosine: what was asked for, else learned, else `BM25_WEIGHT`."""
+        if config.bm25_weight is not None:
+            return config.bm25_weight
+        return BM25_WEIGHT if self.hierarchy is None else self.hierarchy.bm25_weight.item()
 
     @cached_property
     def _most_children(self) -> int:
@@ -258,6 +277,7 @@ class Searcher:
     def _both(
         self,
         query: EmbeddedQuery,
+        asked: np.ndarray,
         chunks: np.ndarray,
         cosines: np.ndarray,
         config: SearchConfig,
@@ -274,11 +294,11 @@ class Searcher:
         bm25 = self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks)
         new = ~np.isin(best, chunks)
         if new.any():
-            cosines = np.concatenate([cosines, self._cosines(query, best[new])])
+            cosines = np.concatenate([cosines, self._cosines(asked, best[new])])
             chunks = np.concatenate([chunks, best[new]])
             bm25 = np.concatenate([bm25, best_scores[new]])
             scored += int(new.sum())
-        return _ranked(chunks, cosines + config.bm25_weight * bm25 / best_scores[0], scored, walked)
+        return _ranked(chunks, cosines + self.bm25_weight(config) * bm25 / best_scores[0], scored, walked)
 
     # ---- level 0
 
@@ -384,11 +404,11 @@ class Searcher:
             first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
             through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
             nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
-            asked, scales = quantise_queries(self._for_nodes(query))  # as in the kernels: the walk's scores
+            asked, scales = quantise_queries(self._asked(query)[::-1])  # as in the kernels: the walk's scores
             for level, blocks in enumerate(tree.levels[-2::-1], 2):
                 rows = self._node_rows[level - 2][nodes]
-                dots = (blocks.rows[rows].astype(np.float64) @ asked.T).astype(np.float32)
-                cosines = (scales * blocks.scales[rows, None] * dots).max(1)
+                dots = (blocks.rows[rows].astype(np.float64) @ asked[level - 1].T).astype(np.float32)
+                cosines = (scales[level - 1] * blocks.scales[rows, None] * dots).max(1)
                 for i, (node, cosine) in enumerate(zip(nodes, cosines, strict=True)):
                     steps[i].append(PathStep(level, int(node), float(cosine)))
                 if level < tree.depth:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _COPIED = {
     "chunk_ends": "documents/chunk_ends",
     "spans": "chunks/spans",
 }
+_HIERARCHY = ("hierarchy.json", "hierarchy.safetensors")
 
 
 def image_folder(store: Store, snapshot: str) -> Path:
@@ -64,8 +65,10 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
         with work_folder(target.parent, "making-") as folder:
             for name, source in _COPIED.items():
                 _copy(store, source, folder / f"{name}.npy")
-            _write_tree(folder, vectors, store.levels(), progress)
+            write_tree(folder, vectors, store.levels(), progress)
             save_npy(folder / "query-map.npy", Spread.of(vectors).map_queries())
+            for name, data in zip(_HIERARCHY, store.hierarchy() or (), strict=False):
+                (folder / name).write_bytes(data)
             _write_ids(folder)
             texts = _chunk_texts(folder, progress)
             build_lexical(folder, texts, info.chunks, info.config.language)
@@ -102,8 +105,15 @@ def _copy(store: Store, source: str, path: Path) -> None:
     write_npy(path, array.dtype, array.shape, store.blocks(source, array.chunks[0] * 8))
 
 
-def _write_tree(folder: Path, vectors: np.ndarray, levels: list[Level], progress: Progress) -> None:
-    """Lay every level out by its parents: the children's quantised vectors of one parent side by side."""
+def write_tree(folder: Path, vectors: np.ndarray, levels: Sequence[Level], progress: Progress = no_progress) -> None:
+    """Lay every level out by its parents: the children's quantised vectors of one parent side by side.
+
+    Args:
+        folder: gets the files that `read_tree` reads.
+        vectors: level 1.
+        levels: level 2 first.
+        progress: told about rows laid out.
+    """
     below = [vectors, *(level.vectors for level in levels)]
     for number, elements in enumerate(below, 1):
         if number <= len(levels):
@@ -132,6 +142,28 @@ def _quantised(elements: np.ndarray, ids: np.ndarray, scales: np.ndarray, progre
         if len(ids) > ROWS:
             progress("laying out the tree", start, len(ids))
         yield rows
+
+
+def _mapped(folder: Path, name: str) -> Any:
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def read_tree(folder: Path, sizes: tuple[int, ...]) -> ServingTree:
+    """What `write_tree` wrote, memory-mapped.
+
+    Args:
+        folder: where it lies.
+        sizes: number of elements of each level, top first.
+
+    Raises DamagedMemory where the arrays do not fit together.
+    """
+    levels = tuple(
+        LevelBlocks(*(_mapped(folder, f"level-{number}-{part}") for part in ("rows", "scales", "ids", "offsets")))
+        for number in range(len(sizes), 0, -1)
+    )
+    tree = ServingTree(levels, sizes, _mapped(folder, "first-row"))
+    tree.check()
+    return tree
 
 
 def _id_hash(document_id: str) -> int:
@@ -192,13 +224,17 @@ class Image:
                 if (folder / name).stat().st_size != size:
                     raise ValueError(f"{name} has another size")
             self.snapshot: str = description["snapshot"]
-            self.tree = self._tree(tuple(description["sizes"]))
+            self.tree = read_tree(folder, tuple(description["sizes"]))
             self.lexical = Lexical(folder, description["language"])
             self._text, self._text_ends, self._records, self._record_ends, self._chunk_ends, self.spans = (
                 self._load(name) for name in _COPIED
             )
             self.query_map = self._load("query-map")
             """(d, d): what query vectors are multiplied by before they are compared with nodes."""
+            self.hierarchy: tuple[bytes, bytes] | None = None
+            """Configuration and weights of a trained hierarchy."""
+            if _HIERARCHY[0] in description["files"]:
+                self.hierarchy = ((folder / _HIERARCHY[0]).read_bytes(), (folder / _HIERARCHY[1]).read_bytes())
             self._id_hashes, self._id_documents = self._load("id-hashes"), self._load("id-documents")
         except (OSError, ValueError, EOFError, RecursionError, DamagedMemory) as error:
             raise DamagedMemory(f"{folder}: the serving image is damaged ({error}); delete the folder") from error
@@ -207,16 +243,7 @@ class Image:
             raise DamagedMemory(f"{folder}: the serving image is damaged (counts differ); delete the folder")
 
     def _load(self, name: str) -> Any:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-
-    def _tree(self, sizes: tuple[int, ...]) -> ServingTree:
-        levels = tuple(
-            LevelBlocks(*(self._load(f"level-{number}-{part}") for part in ("rows", "scales", "ids", "offsets")))
-            for number in range(len(sizes), 0, -1)
-        )
-        tree = ServingTree(levels, sizes, self._load("first-row"))
-        tree.check()
-        return tree
+        return _mapped(self.folder, name)
 
     @property
     def documents(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float16, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float16, Float32, Float64, Int, Int32, Int64
 
 CLUSTERING_POWER = 0.25
 """Elements are grouped after multiplication by the covariance of the chunks to the power of minus this."""
@@ -17,6 +17,22 @@ SPREAD_ROWS = 1 << 17
 """From how many chunks, evenly spaced, the covariance is estimated."""
 
 BLOCK = 1 << 15
+
+Gate = Callable[
+    [
+        Float64[np.ndarray, "n d"],
+        Float64[np.ndarray, "n d"],
+        Float64[np.ndarray, "n d"],
+        Float64[np.ndarray, "n d"],
+    ],
+    tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, "n d"]],
+]
+"""A trained context gate: chunks, their documents, the chunks before and after them (zeros where there are none) give
+how much of its document each chunk takes, and what else is added to it."""
+Residual = Callable[
+    [Float64[np.ndarray, "nodes fanout d"], Bool[np.ndarray, "nodes fanout"]], Float64[np.ndarray, "nodes d"]
+]
+"""A trained level encoder: children, and which of them are there, give what is added to their mean."""
 
 
 @runtime_checkable
@@ -96,7 +112,10 @@ def _sums(vectors: np.ndarray, starts: Int[np.ndarray, " groups"]) -> np.ndarray
 
 
 def contextual(
-    encodings: Float16[np.ndarray, "chunks d"], chunk_ends: Int64[np.ndarray, " documents"], alpha: float
+    encodings: Float16[np.ndarray, "chunks d"],
+    chunk_ends: Int64[np.ndarray, " documents"],
+    alpha: float,
+    gate: Gate | None = None,
 ) -> Float16[np.ndarray, "chunks d"]:
     """Level-1 vectors of whole documents: `unit(encoding + alpha * unit(sum of the document's encodings))`.
 
@@ -104,14 +123,23 @@ def contextual(
         encodings: what encoder 1 gave for the chunks of these documents, in order.
         chunk_ends: where each document's chunks end, counted from the first row of `encodings`.
         alpha: weight of the document.
+        gate: what has been trained takes alpha's place.
     """
     counts = np.diff(chunk_ends, prepend=0)
     full = counts > 0
     if not full.any():
         return np.empty(encodings.shape, np.float16)
-    documents = unit(_sums(encodings, (chunk_ends - counts)[full]))
-    vectors = encodings.astype(np.float64) + alpha * np.repeat(documents, counts[full], axis=0)
-    return unit(vectors).astype(np.float16)
+    starts = (chunk_ends - counts)[full]
+    documents = np.repeat(unit(_sums(encodings, starts)), counts[full], axis=0)
+    vectors = encodings.astype(np.float64)
+    if gate is None:
+        return unit(vectors + alpha * documents).astype(np.float16)
+    before, after = np.zeros_like(vectors), np.zeros_like(vectors)
+    before[1:], after[:-1] = vectors[:-1], vectors[1:]
+    before[starts] = 0
+    after[chunk_ends[full] - 1] = 0
+    gates, residuals = gate(vectors, documents, before, after)
+    return unit(vectors + gates[:, None] * documents + residuals).astype(np.float16)
 
 
 def document_runs(chunk_ends: Int64[np.ndarray, " documents"], rows: int) -> Iterator[tuple[int, int]]:
@@ -126,20 +154,40 @@ def document_runs(chunk_ends: Int64[np.ndarray, " documents"], rows: int) -> Ite
 
 
 def node_vectors(
-    vectors: Rows, offsets: Int64[np.ndarray, " nodes_and_one"], children: Int32[np.ndarray, " edges"]
+    vectors: Rows,
+    offsets: Int64[np.ndarray, " nodes_and_one"],
+    children: Int32[np.ndarray, " edges"],
+    residual: Residual | None = None,
 ) -> Float16[np.ndarray, "nodes d"]:
-    """Vectors of nodes: `unit(mean(children))`. At most `BLOCK` children, or those of one node, are held in float64."""
+    """Vectors of nodes: `unit(mean(children) + residual(children))`.
+
+    At most `BLOCK` children, or those of one node, are held in float64.
+    """
     nodes = len(offsets) - 1
     out = np.empty((nodes, vectors.shape[1]), np.float16)
     first = 0
     while first < nodes:
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1)
         begin, end = int(offsets[first]), int(offsets[last])
-        means = _sums(vectors[children[begin:end]], offsets[first:last] - begin)
-        means /= np.diff(offsets[first : last + 1])[:, None]
+        rows = vectors[children[begin:end]]
+        counts = np.diff(offsets[first : last + 1])
+        means = _sums(rows, offsets[first:last] - begin)
+        means /= counts[:, None]
+        if residual is not None:
+            means += residual(*padded(rows.astype(np.float64), counts))
         out[first:last] = unit(means)
         first = last
     return out
+
+
+def padded(
+    rows: Float64[np.ndarray, "edges d"], counts: Int64[np.ndarray, " nodes"]
+) -> tuple[Float64[np.ndarray, "nodes fanout d"], Bool[np.ndarray, "nodes fanout"]]:
+    """Runs of rows side by side, zeros behind the shorter ones, and which places are filled."""
+    present = np.arange(counts.max()) < counts[:, None]
+    out = np.zeros((*present.shape, rows.shape[1]))
+    out[present] = rows
+    return out, present
 
 
 def as_float32(vectors: np.ndarray) -> Float32[np.ndarray, "rows d"]:

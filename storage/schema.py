@@ -12,6 +12,8 @@
     /levels/K/offsets         int64    (nodes + 1) where the children of each node begin; K = 2, 3, … up to the top
     /levels/K/children        int32    elements of level K-1
     /levels/K/vectors         float16  (nodes, d)
+    /hierarchy/config         uint8    of a trained tree alone: shape and card of its hierarchy as JSON
+    /hierarchy/weights        uint8    and its weights as a safetensors file
 
 Level 1, the contextual vectors of the chunks, is derived: see `treemem.storage.levels.contextual`.
 """
@@ -23,6 +25,8 @@ from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+
+HIERARCHY_PARTS = ("config", "weights")
 
 
 @dataclass(frozen=True)

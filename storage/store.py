@@ -34,7 +34,7 @@ from treemem.errors import (
 )
 from treemem.storage.files import remove_stale_work, work_folder
 from treemem.storage.levels import Level
-from treemem.storage.schema import chunk_arrays, create_array, document_arrays, level_arrays
+from treemem.storage.schema import HIERARCHY_PARTS, ArraySpec, chunk_arrays, create_array, document_arrays, level_arrays
 from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
@@ -182,13 +182,16 @@ class Store:
             return "refs" in inside or "snapshots" in inside
 
     @classmethod
-    def create(cls, path: Path, config: TreeConfig, encoder: dict[str, Any]) -> Store:
+    def create(
+        cls, path: Path, config: TreeConfig, encoder: dict[str, Any], hierarchy: tuple[bytes, bytes] | None = None
+    ) -> Store:
         """Make an empty memory and begin its build.
 
         Args:
             path: a folder that does not exist yet or is empty.
             config: how the tree is built.
             encoder: name, dimension and weights' hash of encoder 1.
+            hierarchy: configuration and weights of a trained hierarchy that the tree will be grown with.
         """
         with guard(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -200,6 +203,8 @@ class Store:
                 root = zarr.create_group(session.store)
                 for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
                     create_array(root, name, spec)
+                if hierarchy is not None:
+                    _write_hierarchy(root, hierarchy)
                 root.attrs.update(
                     {"format": FORMAT_VERSION, "state": "reading", "config": asdict(config), "encoder": encoder}
                 )
@@ -313,6 +318,14 @@ class Store:
             for k in range(2, count + 1)
         ]
 
+    def hierarchy(self) -> tuple[bytes, bytes] | None:
+        """Configuration and weights of the trained hierarchy, None where the tree is untrained."""
+        with guard(self.path, _METADATA_DAMAGE):
+            if "hierarchy" not in self._root():
+                return None
+        config, weights = (self.read(f"hierarchy/{part}").tobytes() for part in HIERARCHY_PARTS)
+        return config, weights
+
     def verify(self, progress: Progress = no_progress) -> None:
         """Compare every array with the digest that was recorded when the memory was finished.
 
@@ -386,6 +399,32 @@ class Store:
             root.attrs["state"] = "complete"
         return self.publish()
 
+    def retrain(self, vectors: Sequence[Float[np.ndarray, "_ d"]], hierarchy: tuple[bytes, bytes], message: str) -> str:
+        """Put a hierarchy in place of the one before, with the nodes' vectors that it gives: one commit.
+
+        Args:
+            vectors: of every level of nodes, level 2 first; which children they have does not change.
+            hierarchy: configuration and weights.
+            message: of the commit.
+
+        Returns:
+            The new snapshot.
+        """
+        with self._transaction(message) as root:
+            changed = []
+            for number, rows in enumerate(vectors, 2):
+                name = f"levels/{number}/vectors"
+                if root[name].shape != rows.shape:
+                    raise AssertionError(f"{name}: vectors of shape {rows.shape} for {root[name].shape}")
+                root[name][:] = rows
+                changed.append(name)
+            changed += _write_hierarchy(root, hierarchy)
+            digests = root.attrs["digests"]
+            digests["arrays"].update(_digests(root, changed, no_progress))
+            root.attrs["digests"] = digests
+        with guard(self.path):
+            return self._repository.lookup_branch("main")
+
     def publish(self) -> str:
         """Make a memory visible whose nodes are written. Returns the snapshot.
 
@@ -396,6 +435,18 @@ class Store:
             self._repository.reset_branch("main", snapshot)
             self._repository.delete_branch(_BUILD_BRANCH)
         return snapshot
+
+
+def _write_hierarchy(root: Any, hierarchy: tuple[bytes, bytes]) -> list[str]:
+    """Write configuration and weights as arrays of bytes. Returns the arrays' names."""
+    names = []
+    for part, data in zip(HIERARCHY_PARTS, hierarchy, strict=True):
+        name = f"hierarchy/{part}"
+        if name in root:
+            del root[name]
+        create_array(root, name, ArraySpec("uint8", (), 1 << 20), len(data))[:] = np.frombuffer(data, np.uint8)
+        names.append(name)
+    return names
 
 
 def _array_names(root: Any) -> list[str]:

@@ -157,6 +157,9 @@ def build(
     memory: MemoryPath,
     paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files, folders or globs to read.")],
     encoder: EncoderName = "minilm",
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="Folder of a trained hierarchy to grow the tree with: see treemem train.")
+    ] = None,
     fanout: Annotated[int, typer.Option(help="Most children of a node.")] = 32,
     spill: Annotated[int, typer.Option(help="In how many nodes a chunk stands.")] = 2,
     chunk_tokens: Annotated[int, typer.Option(help="Most encoder tokens in a chunk.")] = 126,
@@ -175,7 +178,14 @@ def build(
     try:
         with _progress(as_json) as progress:
             built = Memory.build(
-                paths, memory, encoder=encoder, config=config, report=report, strict=strict, progress=progress
+                paths,
+                memory,
+                encoder=encoder,
+                hierarchy=hierarchy,
+                config=config,
+                report=report,
+                strict=strict,
+                progress=progress,
             )
     except UnreadableInput:
         _report(report)
@@ -267,6 +277,7 @@ def info(memory: MemoryPath, as_json: AsJson = False) -> None:
     table.add_row("levels", " / ".join(f"{n:,}" for n in found.levels) + "  (top first)")
     table.add_row("encoder", f"{_shown(found.encoder)}, {found.dimension} dimensions")
     table.add_row("tree", f"fanout {found.config.fanout}, spill {found.config.spill}, seed {found.config.seed}")
+    table.add_row("trained", _shown(found.trained or "no"))
     table.add_row(
         "on disk", f"{found.store_bytes / 1e6:,.1f} MB store, {found.image_bytes / 1e6:,.1f} MB serving image"
     )

@@ -76,8 +76,8 @@ class SearchConfig:
     """How many nodes a walk keeps per level."""
     beside: int = 4
     """How many chunks before and after each of the walk's best `beam` chunks, in the same document, are scored too."""
-    bm25_weight: float = 0.4
-    """lambda: what the best BM25 score of a query is worth beside a cosine."""
+    bm25_weight: float | None = None
+    """lambda: what the best BM25 score of a query is worth beside a cosine; None: what was learned, 0.4 untrained."""
     bm25_candidates: int = 256
     """How many of BM25's best chunks are candidates."""
     token_weight: float = 2.0
@@ -93,4 +93,6 @@ class SearchConfig:
             _require_whole(field, getattr(self, field), 1, math.inf, "a whole number, at least 1")
         for field in ("bm25_weight", "token_weight"):
             value = getattr(self, field)
+            if field == "bm25_weight" and value is None:
+                continue
             _require(0 <= value < math.inf, field, value, "a finite number, 0 or more")

@@ -501,7 +501,7 @@ def test_what_a_killed_creation_left_will_do(tmp_path: Path, encoder: FakeEncode
 
 def test_two_builds_of_one_memory(tmp_path: Path, encoder: FakeEncoder) -> None:
     (tmp_path / "m").mkdir()
-    with FileLock(tmp_path / "m" / "build.lock"), pytest.raises(StoreError, match="another process is building"):
+    with FileLock(tmp_path / "m" / "build.lock"), pytest.raises(StoreError, match="another process is writing"):
         build(tmp_path / "m", documents(3), encoder, CONFIG)
     build(tmp_path / "m", documents(3), encoder, CONFIG)
 

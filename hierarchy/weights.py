@@ -1,0 +1,238 @@
+"""A trained hierarchy: everything that was learned about levels, as a folder that can be shared, and as arrays at work.
+
+Its weights belong to an encoder 1, not to a corpus: a memory of other documents can be grown with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Float64
+from torch import Tensor, nn
+
+from treemem.errors import InputError, ModelError
+from treemem.hierarchy.embed import EncoderInfo
+from treemem.hierarchy.encoder import ContextGate, ContextGateConfig, LevelEncoder, LevelEncoderConfig
+from treemem.hierarchy.ranker import Ranker, RankerConfig
+from treemem.storage.levels import Gate, Residual, unit
+
+WEIGHTS_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+BM25_WEIGHT = 0.4
+"""lambda before training: what the best BM25 score of a query is worth beside a cosine."""
+NODES_AT_ONCE = 256
+"""Nodes whose children a level encoder reads together."""
+
+
+@dataclass(frozen=True)
+class HierarchyConfig:
+    """The shape of a hierarchy."""
+
+    encoder: EncoderInfo
+    """Encoder 1 that it was trained on."""
+    levels: int = 4
+    """Highest level that has an encoder and a ranker; above it nodes are means and queries stay as they are."""
+    gate_width: int = 256
+    ranker_width: int = 256
+    encoder_width: int = 128
+    encoder_layers: int = 1
+    """Of level 2. Each level has one layer more than the one below, at most 3: its input is so much smaller."""
+    alpha: float = 0.25
+    dropout: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.levels < 2:
+            raise InputError(f"levels = {self.levels}: a hierarchy has at least levels 1 and 2")
+
+
+class Hierarchy(nn.Module):
+    """Context gate, level encoders and rankers of all levels, and the weight of BM25."""
+
+    def __init__(self, config: HierarchyConfig, card: Mapping[str, Any] | None = None) -> None:
+        """Make an untrained hierarchy; `load` reads a trained one."""
+        super().__init__()
+        self.config = config
+        self.card: dict[str, Any] = dict(card or {})
+        """What it was trained on, with which settings, and what came of it."""
+        d = config.encoder.dimension
+        self.gate = ContextGate(ContextGateConfig(d, config.gate_width, config.alpha, config.dropout))
+        self.encoders = nn.ModuleDict(
+            {
+                str(level): LevelEncoder(
+                    LevelEncoderConfig(d, config.encoder_width, layers=min(3, config.encoder_layers + level - 2))
+                )
+                for level in range(2, config.levels + 1)
+            }
+        )
+        self.rankers = nn.ModuleDict(
+            {
+                str(level): Ranker(RankerConfig(d, config.ranker_width, config.dropout))
+                for level in range(1, config.levels + 1)
+            }
+        )
+        self.bm25_weight = nn.Parameter(torch.tensor(BM25_WEIGHT))
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.safetensors` (float16), `config.json` and a card, `README.md`.
+
+        Raises InputError where the folder cannot be written.
+        """
+        from treemem.hierarchy.card import card_text
+
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, data in {
+                WEIGHTS_FILE: self.weights_bytes(),
+                CONFIG_FILE: self.config_bytes(),
+                CARD_FILE: card_text(self).encode(),
+            }.items():
+                work = folder / f".{name}.part"
+                work.write_bytes(data)
+                os.replace(work, folder / name)
+        except OSError as error:
+            raise InputError(f"{folder}: the hierarchy cannot be saved ({error.strerror or error})") from error
+
+    def weights_bytes(self) -> bytes:
+        """The weights as a safetensors file, float16."""
+        from safetensors.torch import save
+
+        state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
+        return save(state, {"format": "pt", "treemem": str(WEIGHTS_VERSION)})
+
+    def config_bytes(self) -> bytes:
+        """Version, shape and card as JSON."""
+        document = {"version": WEIGHTS_VERSION, "config": asdict(self.config), "card": self.card}
+        return (json.dumps(document, indent=1, sort_keys=True, default=str) + "\n").encode()
+
+    @classmethod
+    def load(cls, name: str | Path) -> Hierarchy:
+        """Read a trained hierarchy from its folder.
+
+        Raises InputError where there is none, ModelError where it cannot be used.
+        """
+        folder = Path(name).expanduser()
+        if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+            raise InputError(
+                f"hierarchy {str(name)!r}: no such folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
+                "give one that `treemem train --save` wrote"
+            )
+        try:
+            return cls.from_bytes((folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes())
+        except (OSError, ModelError) as error:
+            raise ModelError(f"hierarchy {str(name)!r}: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, config: bytes, weights: bytes) -> Hierarchy:
+        """A hierarchy from what `config_bytes` and `weights_bytes` gave.
+
+        Raises ModelError where it cannot be used.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            document = json.loads(config)
+            version = document["version"]
+            if version > WEIGHTS_VERSION:
+                raise ModelError(f"written in version {version}, this treemem reads up to {WEIGHTS_VERSION}; upgrade")
+            fields = {**document["config"], "encoder": EncoderInfo(**document["config"]["encoder"])}
+            made = cls(HierarchyConfig(**fields), document["card"])
+            state = {name: tensor.float() for name, tensor in load(weights).items()}
+            made.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"it cannot be read ({reason}); train it again or get another copy") from error
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+            raise ModelError("its weights are not finite; train it again or get another copy")
+        return made.eval()
+
+    def rounded(self) -> Hierarchy:
+        """A copy as it is when it has been saved and loaded again."""
+        return self.from_bytes(self.config_bytes(), self.weights_bytes())
+
+    def require_encoder(self, encoder: EncoderInfo) -> None:
+        """Raise ModelError unless this was trained on the same encoder 1."""
+        own = self.config.encoder
+        if (own.weights, own.dimension) != (encoder.weights, encoder.dimension):
+            raise ModelError(
+                f"this hierarchy was trained on encoder {own.name!r} (weights {own.weights}), not on {encoder.name!r} "
+                f"(weights {encoder.weights}); build with the first, or train one"
+            )
+
+    # ---- at work
+
+    @cached_property
+    def context(self) -> Gate:
+        """The context gate over arrays, in float64, so that nothing depends on how many chunks come together."""
+        gate = copy.deepcopy(self.gate).double().eval()
+
+        def parts(*rows: Float64[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
+            with torch.inference_mode():
+                gates, residuals = gate.parts(*map(torch.from_numpy, rows))
+            return gates.numpy(), residuals.numpy()
+
+        return parts
+
+    @cached_property
+    def residuals(self) -> dict[int, Residual]:
+        """The level encoders over arrays, in float64, by level."""
+        return {int(level): _residual(encoder) for level, encoder in self.encoders.items()}
+
+    @cached_property
+    def _shifts(self) -> dict[int, Callable[[np.ndarray], np.ndarray] | None]:
+        return {int(level): _shift(ranker) for level, ranker in self.rankers.items()}
+
+    def rank(self, level: int, queries: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "m d"]:
+        """Queries as a level's ranker compares them, unit vectors; unchanged where there is nothing learned."""
+        shift = self._shifts.get(level)
+        return queries if shift is None else unit(queries + shift(queries)).astype(np.float32)
+
+
+def _residual(encoder: nn.Module) -> Residual:
+    encoder = copy.deepcopy(encoder).double().eval()
+    assert isinstance(encoder, LevelEncoder)
+
+    def residual(
+        children: Float64[np.ndarray, "nodes fanout d"], present: Bool[np.ndarray, "nodes fanout"]
+    ) -> Float64[np.ndarray, "nodes d"]:
+        out = np.empty((len(children), children.shape[2]))
+        with torch.inference_mode():
+            for start in range(0, len(children), NODES_AT_ONCE):
+                rows = slice(start, start + NODES_AT_ONCE)
+                out[rows] = encoder.residual(torch.from_numpy(children[rows]), torch.from_numpy(present[rows])).numpy()
+        return out
+
+    return residual
+
+
+def _shift(ranker: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
+    """A ranker's part that is added to queries, over arrays; None where it adds nothing."""
+    assert isinstance(ranker, Ranker)
+    layers = (ranker.inwards, ranker.outwards)
+    (w1, b1), (w2, b2) = ((_array(layer.weight), _array(layer.bias)) for layer in layers)
+    if not (w2.any() or b2.any()):
+        return None
+
+    def shift(queries: np.ndarray) -> np.ndarray:
+        hidden = queries @ w1.T + b1
+        return np.asarray((hidden / (1 + np.exp(-hidden))) @ w2.T + b2)
+
+    return shift
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy(), np.float32)
