@@ -19,7 +19,7 @@ from treemem.hierarchy.segment import cut
 from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.files import is_work, work_folder
 from treemem.storage.image import build_image, image_folder
-from treemem.storage.levels import Gate, contextual, document_runs
+from treemem.storage.levels import Gate, contextual, document_runs, node_vectors
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document, Progress, no_progress
 
@@ -289,3 +289,34 @@ def contextual_file(
                 rows = np.asarray(encodings[begin : int(chunk_ends[last - 1])])
                 file.write(contextual(rows, chunk_ends[first:last] - begin, alpha, gate).data)
         return np.memmap(path, np.float16, "r", shape=encodings.shape)
+
+
+def retrain(store: Store, hierarchy: Hierarchy, message: str, progress: Progress = no_progress) -> str:
+    """Give a finished memory a trained hierarchy: a new snapshot with the nodes' new vectors, and its serving image.
+
+    The tree keeps its shape. What was searched before goes on being searched where it is open.
+
+    Args:
+        store: the memory.
+        hierarchy: takes the place of the one before.
+        message: of the snapshot.
+        progress: told what is done.
+
+    Returns:
+        The new snapshot.
+
+    Raises:
+        StoreError: another process writes this memory.
+        OutOfSpace: the disk is full; the memory is as it was, or its image is made when it is opened next.
+    """
+    info = store.info()
+    with alone(store.path), guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
+        below = contextual_file(store, info.config.alpha, scratch / "level-1", progress, hierarchy.context)
+        first, vectors = below, []
+        for number, level in enumerate(store.levels(), 2):
+            progress(f"encoding level {number}", number, len(info.levels))
+            below = node_vectors(below, level.offsets, level.children, hierarchy.residuals.get(number))
+            vectors.append(below)
+        snapshot = store.retrain(vectors, (hierarchy.config_bytes(), hierarchy.weights_bytes()), message)
+        build_image(store, first, progress)
+    return snapshot

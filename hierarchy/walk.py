@@ -14,6 +14,8 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 
 from treemem.config import MAX_QUERY_EMBEDDINGS, SearchConfig
 from treemem.errors import InputError
+from treemem.hierarchy.decode import CandidateReader
+from treemem.hierarchy.decoder import CANDIDATES, Decoder, DecoderInputs
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
@@ -46,6 +48,8 @@ class EmbeddedQuery:
     vectors: Float32[np.ndarray, "m d"]
     spans: tuple[Span, ...]
     """Characters of the query behind each embedding."""
+    states: tuple[TokenStates, ...] = ()
+    """Token states behind each embedding."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Searcher:
         self.encoder = encoder
         self.hierarchy = hierarchy
         self.kernels = back_end()
+        self._reader = CandidateReader(image, self.kernels)
         self._chunk_tokens = chunk_tokens
         self._language = language
         self._states: OrderedDict[int, TokenStates] = OrderedDict()
@@ -106,21 +111,26 @@ class Searcher:
         vector = np.zeros((1, self.image.tree.dimension), np.float32)
         query = EmbeddedQuery(self.image.chunk_text(0), vector, ((0, 1),))
         self.rank(query, SearchConfig(beam=1))
-        self._cosines(self._asked(query), np.zeros(1, np.int32))
+        self._cosines(self.asked(query.vectors), np.zeros(1, np.int32))
 
     # ---- queries
 
-    def embed(self, queries: Sequence[str]) -> list[EmbeddedQuery]:
-        """Embed queries; what is longer than a chunk is cut like a document, at most 32 pieces evenly spread."""
+    def embed(self, queries: Sequence[str], *, fast: bool = False) -> list[EmbeddedQuery]:
+        """Embed queries; what is longer than a chunk is cut like a document, at most 32 pieces evenly spread.
+
+        `fast` is for training: see `Encoder.encode`.
+        """
         encoder = self._require_encoder()
         texts = [_encodable(query) for query in queries]
         spans = [self._cut(text, encoder) for text in texts]
         parts = [text[a:b] for text, own in zip(texts, spans, strict=True) for a, b in own]
-        vectors = encoder.encode(parts, precise=True)
+        vectors, states = encoder.encode_queries(parts, fast=fast)
         out = []
+        begin = 0
         for text, own in zip(texts, spans, strict=True):
-            out.append(EmbeddedQuery(text, vectors[: len(own)], tuple(own)))
-            vectors = vectors[len(own) :]
+            end = begin + len(own)
+            out.append(EmbeddedQuery(text, vectors[begin:end], tuple(own), tuple(states[begin:end])))
+            begin = end
         return out
 
     def _cut(self, text: str, encoder: Encoder) -> list[Span]:
@@ -191,7 +201,7 @@ class Searcher:
             return Ranked(chunks, scores, 0)
         if len(query.vectors) == 0:
             return nothing
-        asked = self._asked(query)
+        asked = self.asked(query.vectors)
         if config.mode == "exact":
             chunks, scores = self.kernels.exact(
                 self.image.tree, asked[-1][None], config.k, None if scope is None else scope.masks
@@ -219,15 +229,15 @@ class Searcher:
             return _ranked(chunks, cosines, scored, walked)
         return self._both(query, asked, chunks, cosines, config, scope, scored, walked)
 
-    def _asked(self, query: EmbeddedQuery) -> Float32[np.ndarray, "depth m d"]:
-        """The query as each level is compared with it, top first.
+    def asked(self, vectors: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "depth m d"]:
+        """Query embeddings as each level is compared with them, top first.
 
         Nodes: see `treemem.storage.levels.Spread`. Then come the rankers, where they are trained.
         """
         depth = self.image.tree.depth
-        asked = np.empty((depth, *query.vectors.shape), np.float32)
-        asked[:-1] = unit(query.vectors @ self.image.query_map) if depth > 1 else 0
-        asked[-1] = query.vectors
+        asked = np.empty((depth, *vectors.shape), np.float32)
+        asked[:-1] = unit(vectors @ self.image.query_map) if depth > 1 else 0
+        asked[-1] = vectors
         if self.hierarchy is not None:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
@@ -285,7 +295,10 @@ class Searcher:
         scored: int,
         walked: Walked,
     ) -> Ranked:
-        """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`."""
+        """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`.
+
+        Where a decoder was trained, it ranks the best of them anew.
+        """
         lexical = self.image.lexical
         words = lexical.query(query.text)
         best, best_scores = self._bm25_best(words, max(config.bm25_candidates, config.k), scope)
@@ -298,7 +311,45 @@ class Searcher:
             chunks = np.concatenate([chunks, best[new]])
             bm25 = np.concatenate([bm25, best_scores[new]])
             scored += int(new.sum())
-        return _ranked(chunks, cosines + self.bm25_weight(config) * bm25 / best_scores[0], scored, walked)
+        ranked = _ranked(chunks, cosines + self.bm25_weight(config) * bm25 / best_scores[0], scored, walked)
+        if self.hierarchy is None or self.hierarchy.decoder is None or config.decoder is False:
+            return ranked
+        return self._decoded(query, asked, ranked, config, self.hierarchy.decoder)
+
+    # ---- the decoder
+
+    def decoder_inputs(
+        self, query: EmbeddedQuery, asked: np.ndarray, ranked: Ranked, config: SearchConfig
+    ) -> DecoderInputs | None:
+        """What a decoder is told of the best candidates, None where no chunk holds a word of the query."""
+        chunks = ranked.chunks[:CANDIDATES]
+        paths = np.zeros((len(chunks), 2), np.float32)
+        for i, (_, cosines) in enumerate(self._ways(asked, ranked, len(chunks))[:2]):
+            paths[:, i] = cosines
+        return self._reader.inputs(
+            query.text,
+            asked[-1, 0],
+            query.states,
+            query.spans,
+            chunks,
+            self._cosines(asked, chunks),
+            paths,
+            self.bm25_weight(config),
+        )
+
+    def _decoded(
+        self, query: EmbeddedQuery, asked: np.ndarray, ranked: Ranked, config: SearchConfig, decoder: Decoder
+    ) -> Ranked:
+        """The best candidates as the decoder ranks them; the others follow after them."""
+        inputs = self.decoder_inputs(query, asked, ranked, config)
+        if inputs is None:
+            return ranked
+        top = ranked.chunks[:CANDIDATES]
+        scores = ranked.scores.copy()
+        scores[: len(top)] = decoder.scores(inputs, self.bm25_weight(config))[0, : len(top)]
+        order = np.lexsort((top, -scores[: len(top)]))
+        order = np.concatenate([order, np.arange(len(top), len(scores))])
+        return Ranked(ranked.chunks[order], scores[order], ranked.scored, ranked.walked)
 
     # ---- level 0
 
@@ -311,8 +362,7 @@ class Searcher:
         follow after them. The matches that are told are those within the chunk.
         """
         encoder = self._require_encoder()
-        parts = [query.text[a:b] for a, b in query.spans]
-        own = encoder.token_states(parts, precise=True)
+        own = query.states
         states = np.concatenate([part.states for part in own])
         spans = [(a + s, a + e) for (a, _), part in zip(query.spans, own, strict=True) for s, e in part.spans]
         if len(states) == 0:
@@ -395,24 +445,33 @@ class Searcher:
         """Of each level but the chunks, bottom up: the row in which a node stands."""
         return [np.argsort(blocks.ids, kind="stable") for blocks in self.image.tree.levels[-2::-1]]
 
-    def _paths(self, query: EmbeddedQuery, ranked: Ranked, count: int) -> list[tuple[PathStep, ...]]:
-        """The way from the top to each of the first `count` chunks: nodes' cosines, the chunk's score."""
+    def _ways(self, asked: np.ndarray, ranked: Ranked, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The nodes above the first `count` chunks and their cosines, level 2 first, then upwards."""
         tree = self.image.tree
         chunks = ranked.chunks[:count]
+        if tree.depth == 1 or len(chunks) == 0:
+            return []
+        first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
+        through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
+        nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
+        steps, scales = quantise_queries(asked[::-1])  # as in the kernels: the walk's scores
+        out = []
+        for level, blocks in enumerate(tree.levels[-2::-1], 2):
+            rows = self._node_rows[level - 2][nodes]
+            dots = (blocks.rows[rows].astype(np.float64) @ steps[level - 1].T).astype(np.float32)
+            out.append((nodes, (scales[level - 1] * blocks.scales[rows, None] * dots).max(1)))
+            if level < tree.depth:
+                nodes = self._parents[level - 2][nodes]
+        return out
+
+    def _paths(self, query: EmbeddedQuery, ranked: Ranked, count: int) -> list[tuple[PathStep, ...]]:
+        """The way from the top to each of the first `count` chunks: nodes' cosines, the chunk's score."""
+        chunks = ranked.chunks[:count]
         steps = [[PathStep(1, int(c), float(s))] for c, s in zip(chunks, ranked.scores, strict=False)]
-        if tree.depth > 1 and len(query.vectors):
-            first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
-            through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
-            nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
-            asked, scales = quantise_queries(self._asked(query)[::-1])  # as in the kernels: the walk's scores
-            for level, blocks in enumerate(tree.levels[-2::-1], 2):
-                rows = self._node_rows[level - 2][nodes]
-                dots = (blocks.rows[rows].astype(np.float64) @ asked[level - 1].T).astype(np.float32)
-                cosines = (scales[level - 1] * blocks.scales[rows, None] * dots).max(1)
+        if len(query.vectors):
+            for level, (nodes, cosines) in enumerate(self._ways(self.asked(query.vectors), ranked, count), 2):
                 for i, (node, cosine) in enumerate(zip(nodes, cosines, strict=True)):
                     steps[i].append(PathStep(level, int(node), float(cosine)))
-                if level < tree.depth:
-                    nodes = self._parents[level - 2][nodes]
         return [tuple(way[::-1]) for way in steps]
 
     def _hits(

@@ -6,10 +6,11 @@ Its weights belong to an encoder 1, not to a corpus: a memory of other documents
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float32, Float64
 from torch import Tensor, nn
 
 from treemem.errors import InputError, ModelError
+from treemem.hierarchy.decoder import Decoder, DecoderConfig
 from treemem.hierarchy.embed import EncoderInfo
 from treemem.hierarchy.encoder import ContextGate, ContextGateConfig, LevelEncoder, LevelEncoderConfig
 from treemem.hierarchy.ranker import Ranker, RankerConfig
@@ -50,6 +52,8 @@ class HierarchyConfig:
     """Of level 2. Each level has one layer more than the one below, at most 3: its input is so much smaller."""
     alpha: float = 0.25
     dropout: float = 0.3
+    decoder: DecoderConfig | None = None
+    """Of the decoder, None where there is none."""
 
     def __post_init__(self) -> None:
         if self.levels < 2:
@@ -57,7 +61,7 @@ class HierarchyConfig:
 
 
 class Hierarchy(nn.Module):
-    """Context gate, level encoders and rankers of all levels, and the weight of BM25."""
+    """Context gate, level encoders and rankers of all levels, and the weight of BM25, which is fitted, not learned."""
 
     def __init__(self, config: HierarchyConfig, card: Mapping[str, Any] | None = None) -> None:
         """Make an untrained hierarchy; `load` reads a trained one."""
@@ -81,7 +85,11 @@ class Hierarchy(nn.Module):
                 for level in range(1, config.levels + 1)
             }
         )
-        self.bm25_weight = nn.Parameter(torch.tensor(BM25_WEIGHT))
+        self.decoder = None if config.decoder is None else Decoder(config.decoder)
+        self.precision = torch.float64
+        """Arithmetic at work: in float64 nothing depends on how many chunks or nodes come together."""
+        self.bm25_weight: Tensor
+        self.register_buffer("bm25_weight", torch.tensor(BM25_WEIGHT))
 
     # ---- files
 
@@ -107,11 +115,12 @@ class Hierarchy(nn.Module):
             raise InputError(f"{folder}: the hierarchy cannot be saved ({error.strerror or error})") from error
 
     def weights_bytes(self) -> bytes:
-        """The weights as a safetensors file, float16."""
+        """The weights as a safetensors file: float16, single numbers float32."""
         from safetensors.torch import save
 
-        state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        return save(state, {"format": "pt", "treemem": str(WEIGHTS_VERSION)})
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        # One key: several would come in any order.
+        return save({n: t.half() if t.ndim else t.float() for n, t in state.items()}, {"format": "pt"})
 
     def config_bytes(self) -> bytes:
         """Version, shape and card as JSON."""
@@ -149,8 +158,10 @@ class Hierarchy(nn.Module):
             version = document["version"]
             if version > WEIGHTS_VERSION:
                 raise ModelError(f"written in version {version}, this treemem reads up to {WEIGHTS_VERSION}; upgrade")
-            fields = {**document["config"], "encoder": EncoderInfo(**document["config"]["encoder"])}
-            made = cls(HierarchyConfig(**fields), document["card"])
+            fields = document["config"]
+            decoder = None if fields["decoder"] is None else DecoderConfig(**fields["decoder"])
+            encoder = EncoderInfo(**fields["encoder"])
+            made = cls(HierarchyConfig(**{**fields, "encoder": encoder, "decoder": decoder}), document["card"])
             state = {name: tensor.float() for name, tensor in load(weights).items()}
             made.load_state_dict(state)
         except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
@@ -164,6 +175,22 @@ class Hierarchy(nn.Module):
         """A copy as it is when it has been saved and loaded again."""
         return self.from_bytes(self.config_bytes(), self.weights_bytes())
 
+    def with_decoder(self, decoder: Decoder | None) -> Hierarchy:
+        """A copy with this decoder."""
+        made = Hierarchy(replace(self.config, decoder=None if decoder is None else decoder.config), self.card)
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("decoder.")}
+        if decoder is not None:
+            state |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+        made.load_state_dict(state)
+        return made.eval()
+
+    def digest(self, level: int) -> bytes:
+        """A digest of what makes the vectors of a level from those below it."""
+        digest = hashlib.sha256()
+        for tensor in self.encoder(level).state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.digest()
+
     def require_encoder(self, encoder: EncoderInfo) -> None:
         """Raise ModelError unless this was trained on the same encoder 1."""
         own = self.config.encoder
@@ -173,24 +200,36 @@ class Hierarchy(nn.Module):
                 f"(weights {encoder.weights}); build with the first, or train one"
             )
 
+    def scale(self, level: int) -> Tensor:
+        """What a level's cosines are multiplied by to be logits: one over its temperature."""
+        ranker = self.rankers[str(level)]
+        assert isinstance(ranker, Ranker)
+        return ranker.log_scale.exp()
+
+    def encoder(self, level: int) -> ContextGate | LevelEncoder:
+        """What makes the vectors of a level."""
+        encoder = self.gate if level == 1 else self.encoders[str(level)]
+        assert isinstance(encoder, ContextGate | LevelEncoder)
+        return encoder
+
     # ---- at work
 
     @cached_property
     def context(self) -> Gate:
-        """The context gate over arrays, in float64, so that nothing depends on how many chunks come together."""
-        gate = copy.deepcopy(self.gate).double().eval()
+        """The context gate over arrays."""
+        gate = copy.deepcopy(self.gate).to(self.precision).eval()
 
         def parts(*rows: Float64[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
             with torch.inference_mode():
-                gates, residuals = gate.parts(*map(torch.from_numpy, rows))
-            return gates.numpy(), residuals.numpy()
+                gates, residuals = gate.parts(*(torch.from_numpy(part).to(self.precision) for part in rows))
+            return gates.double().numpy(), residuals.double().numpy()
 
         return parts
 
     @cached_property
     def residuals(self) -> dict[int, Residual]:
-        """The level encoders over arrays, in float64, by level."""
-        return {int(level): _residual(encoder) for level, encoder in self.encoders.items()}
+        """The level encoders over arrays, by level."""
+        return {int(level): _residual(encoder, self.precision) for level, encoder in self.encoders.items()}
 
     @cached_property
     def _shifts(self) -> dict[int, Callable[[np.ndarray], np.ndarray] | None]:
@@ -202,8 +241,8 @@ class Hierarchy(nn.Module):
         return queries if shift is None else unit(queries + shift(queries)).astype(np.float32)
 
 
-def _residual(encoder: nn.Module) -> Residual:
-    encoder = copy.deepcopy(encoder).double().eval()
+def _residual(encoder: nn.Module, precision: torch.dtype) -> Residual:
+    encoder = copy.deepcopy(encoder).to(precision).eval()
     assert isinstance(encoder, LevelEncoder)
 
     def residual(
@@ -213,7 +252,8 @@ def _residual(encoder: nn.Module) -> Residual:
         with torch.inference_mode():
             for start in range(0, len(children), NODES_AT_ONCE):
                 rows = slice(start, start + NODES_AT_ONCE)
-                out[rows] = encoder.residual(torch.from_numpy(children[rows]), torch.from_numpy(present[rows])).numpy()
+                below = torch.from_numpy(children[rows]).to(precision)
+                out[rows] = encoder.residual(below, torch.from_numpy(present[rows])).double().numpy()
         return out
 
     return residual

@@ -50,13 +50,16 @@ class FakeEncoder(Encoder):
     def token_spans(self, texts: list[str]) -> list[list[Span]]:
         return [[match.span() for match in _TOKEN.finditer(text)] for text in texts]
 
-    def encode(self, texts: Sequence[str], *, precise: bool = False) -> np.ndarray:
+    def encode(self, texts: Sequence[str], *, precise: bool = False, fast: bool = False) -> np.ndarray:
         out = np.zeros((len(texts), self.dimension), np.float32)
         for row, text in enumerate(texts):
             for word in _TOKEN.findall(text)[: self.longest]:
                 out[row] += _word_vector(word, self.dimension)
         self.encoded += len(texts)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+
+    def encode_queries(self, texts: Sequence[str], *, fast: bool = False) -> tuple[np.ndarray, list[TokenStates]]:
+        return self.encode(texts, precise=True), self.token_states(texts, precise=True)
 
     def token_states(self, texts: Sequence[str], *, precise: bool = False) -> list[TokenStates]:
         out = []

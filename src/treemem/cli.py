@@ -20,11 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from treemem import __version__
-from treemem.errors import TreememError, UnreadableInput
+from treemem.errors import InputError, TreememError, UnreadableInput
 from treemem.types import Answer, DocumentRef, Progress, SearchResult, Span, no_progress
 
 if TYPE_CHECKING:
     from treemem.hierarchy.readers import ReadReport
+    from treemem.training import TrainReport
 
 app = typer.Typer(
     name="treemem",
@@ -328,6 +329,76 @@ def evaluate(
         print_report(report, out)
 
 
+@app.command()
+def train(
+    memory: MemoryPath,
+    queries: Annotated[
+        Path | None, typer.Option(help='Questions: lines {"query": …, "document": ID, "start": 0, "end": 9}.')
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A data set in BEIR layout: trains on its split train.")
+    ] = None,
+    sources: Annotated[
+        str, typer.Option(help="Also questions from: headings, written, distilled. Without any, headings,distilled.")
+    ] = "",
+    levels: Annotated[str | None, typer.Option(help="Only these levels, such as 1,2 (1 = chunks).")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Stop training after these.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="Train in so many processes, one for each device.")] = 1,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the hierarchy here, for build --hierarchy.")
+    ] = None,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Log to Weights and Biases (WANDB_MODE=offline works).")
+    ] = False,
+    llm: Llm = "smollm2",
+    llm_url: LlmUrl = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a memory's tree; it changes only if held-out questions are found better than before."""
+    from treemem import Memory
+    from treemem.evaluation.questions import training_questions
+    from treemem.training import TrainConfig, read_pairs, train_memory
+
+    if queries is not None and dataset is not None:
+        raise InputError("--queries and --dataset: give one of them")
+    chosen = [source.strip() for source in sources.split(",") if source.strip()]
+    with _progress(as_json) as progress:
+        opened = Memory.open(memory, progress=progress)
+        questions, held_out = None, None
+        if queries is not None:
+            questions = read_pairs(queries)
+        elif dataset is not None:
+            questions, held_out = training_questions(dataset, progress)
+        report = train_memory(
+            opened,
+            questions,
+            held_out=held_out,
+            sources=chosen,
+            model=opened.language_model(llm, url=llm_url, progress=progress) if "written" in chosen else None,
+            levels=None if levels is None else _whole_numbers("--levels", levels),
+            config=TrainConfig(seed=seed),
+            minutes=minutes,
+            device=device,
+            wandb=wandb,
+            save=save,
+            trainer_options={"devices": devices, "strategy": "ddp"} if devices > 1 else None,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_training(report)
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give whole numbers separated by commas, such as 1,2") from None
+
+
 QUESTIONS = (
     "How do I merge several sorted inputs into one sorted stream?",
     "How can I remove the common indentation from the lines of a text?",
@@ -377,6 +448,36 @@ def demo(
 
 
 # ---- printing
+
+
+def _print_training(report: TrainReport) -> None:
+    told = ", ".join(f"{count:,} {source}" for source, count in report.questions.items())
+    out.print(f"Trained on {told} questions in {report.seconds:,.0f} s; {report.held_out:,} held-out questions decide:")
+    table = Table(box=None)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, after in report.after.items():
+        before = report.before.get(name)
+        table.add_row(name, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+    out.print(table)
+    for stage, shares in report.adopted.items():
+        kept = ", ".join(
+            f"level {level} " + ("refused" if share == 0 else "adopted" if share == 1 else f"adopted by {share:.0%}")
+            for level, share in shares.items()
+        )
+        out.print(f"Stage {stage}: {kept}", style="dim")
+    if not report.complete:
+        out.print("The time was over before the last step; --minutes gives more.", style="yellow")
+    if report.left_out:
+        out.print(f"{report.left_out:,} questions are about nothing in this memory and were left out.", style="yellow")
+    if report.improved:
+        out.print(f"Adopted: snapshot {report.snapshot}. Logs: {escape(report.logs)}", soft_wrap=True)
+    else:
+        out.print(
+            f"Not adopted: held-out questions are found no better than before, so the memory keeps its weights. "
+            f"Logs: {escape(report.logs)}",
+            soft_wrap=True,
+        )
 
 
 def _read_query(query: str) -> str:

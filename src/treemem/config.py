@@ -80,6 +80,8 @@ class SearchConfig:
     """lambda: what the best BM25 score of a query is worth beside a cosine; None: what was learned, 0.4 untrained."""
     bm25_candidates: int = 256
     """How many of BM25's best chunks are candidates."""
+    decoder: bool = True
+    """Whether a trained decoder ranks the best 64 candidates of both signals anew, where the memory has one."""
     token_weight: float = 2.0
     """mu: what the late interaction is worth beside the sum of the other two."""
     deep_candidates: int = 16

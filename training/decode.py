@@ -1,0 +1,198 @@
+"""Training the decoder: which of a question's last candidates is right, on questions of several sets together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from treemem.config import SearchConfig
+from treemem.errors import InputError
+from treemem.hierarchy.decoder import CANDIDATES, Decoder, DecoderInputs, stack
+from treemem.hierarchy.walk import Searcher
+from treemem.training.corpus import Corpus
+from treemem.training.questions import EMBED_BATCH, Pool
+from treemem.types import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class DecoderTraining:
+    """How a decoder is trained."""
+
+    steps: int = 800
+    batch: int = 96
+    """Questions a step, all of one set."""
+    rate: float = 2e-3
+    """Highest learning rate, of one cycle."""
+    weight_decay: float = 0.3
+    """Of matrices."""
+    balance: float = 0.5
+    """A set of n questions is drawn in proportion to n ** balance."""
+    bm25_weight: float = 0.4
+    """lambda of the convex sum that is added to."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderSet:
+    """Questions of one set with their candidates."""
+
+    name: str
+    inputs: DecoderInputs
+    """Of all questions, float16 to save memory; 90 KB a question of 384 dimensions."""
+    right: Bool[Tensor, "n k"]
+    """Which candidates are right."""
+
+    @classmethod
+    def of(cls, name: str, inputs: Sequence[DecoderInputs], right: Sequence[Bool[np.ndarray, " _"]]) -> DecoderSet:
+        """From `decoder_inputs` of each question and which of its candidates are right.
+
+        Raises InputError where there are no questions.
+        """
+        if len(inputs) == 0:
+            raise InputError(f"{name}: no questions to train the decoder on")
+        packed = stack([_as(one, torch.float16) for one in inputs])
+        masks = torch.zeros(packed.has_candidate.shape, dtype=torch.bool)
+        for mask, own in zip(masks, right, strict=True):
+            mask[: len(own)] = torch.from_numpy(own)
+        return cls(name, packed, masks & packed.has_candidate)
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def rows(self, rows: Tensor | slice) -> DecoderInputs:
+        """Inputs of some questions, float32."""
+        return _as(self.inputs, torch.float32, rows)
+
+    def part(self, rows: Tensor) -> DecoderSet:
+        """Some of the questions."""
+        return DecoderSet(self.name, _as(self.inputs, torch.float16, rows), self.right[rows])
+
+
+def _as(inputs: DecoderInputs, kind: torch.dtype, rows: Tensor | slice = slice(None)) -> DecoderInputs:
+    chosen = {f.name: getattr(inputs, f.name)[rows] for f in fields(DecoderInputs)}
+    return DecoderInputs(**{name: a.to(kind) if a.is_floating_point() else a for name, a in chosen.items()})
+
+
+def decoder_loss(
+    decoder: Decoder, inputs: DecoderInputs, right: Bool[Tensor, "b k"], bm25_weight: float
+) -> Float[Tensor, ""]:
+    """Minus log of the probability, by a softmax over a question's candidates, that a right one is drawn."""
+    sums = inputs.cosines + bm25_weight * inputs.bm25 + decoder(inputs, bm25_weight)
+    logits = (sums * decoder.log_scale.exp()).masked_fill(~inputs.has_candidate, -torch.inf)
+    found = torch.logsumexp(logits.masked_fill(~right, -torch.inf), 1)
+    return (torch.logsumexp(logits, 1) - found).mean()
+
+
+def train_decoder(
+    decoder: Decoder,
+    sets: Sequence[DecoderSet],
+    config: DecoderTraining | None = None,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Train a decoder in place on the questions that have both right and wrong candidates.
+
+    The same seed, sets, decoder and number of threads give the same weights.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        InputError: there are no such questions.
+    """
+    config = config or DecoderTraining()
+    used = []
+    for one in sets:
+        wrong = one.inputs.has_candidate & ~one.right
+        rows = torch.nonzero(one.right.any(1) & wrong.any(1))[:, 0].numpy()
+        if len(rows):
+            used.append((one, rows))
+    if not used:
+        raise InputError("no question has both right and wrong candidates: there is nothing to train the decoder on")
+    shares = np.array([len(rows) ** config.balance for _, rows in used])
+    matrices = [p for p in decoder.parameters() if p.ndim > 1]
+    others = [p for p in decoder.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.rate,
+    )
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=config.steps)
+    draw = np.random.default_rng(config.seed)
+    losses = []
+    decoder.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of dropout
+        for step in range(config.steps):
+            one, rows = used[draw.choice(len(used), p=shares / shares.sum())]
+            chosen = torch.from_numpy(draw.choice(rows, min(config.batch, len(rows)), replace=False))
+            loss = decoder_loss(decoder, one.rows(chosen), one.right[chosen], config.bm25_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            cycle.step()
+            losses.append(loss.item())
+            progress("training the decoder", step + 1, config.steps)
+    decoder.eval()
+    return losses
+
+
+def decoder_set(
+    corpus: Corpus, searcher: Searcher, pool: Pool, rows: Int64[np.ndarray, " rows"], progress: Progress = no_progress
+) -> DecoderSet:
+    """Some of a memory's questions with the best candidates of both signals, as a searcher without decoder ranks them.
+
+    Args:
+        corpus: the memory, which knows what is right.
+        searcher: of it, under the weights that the decoder will stand behind.
+        pool: its questions to train on, or the held-out ones.
+        rows: which of them.
+        progress: told about questions.
+
+    Raises InputError where no question has a word that stands in the memory.
+    """
+    config = SearchConfig(k=CANDIDATES, decoder=False)
+    inputs, right = [], []
+    for start in range(0, len(rows), EMBED_BATCH):
+        part = rows[start : start + EMBED_BATCH]
+        queries = corpus.memory.searcher.embed([pool.texts[row] for row in part], fast=True)
+        for done, (row, query) in enumerate(zip(part, queries, strict=True), start):
+            if done % 64 == 0:
+                progress("gathering candidates", done, len(rows))
+            ranked = searcher.rank(query, config)
+            given = searcher.decoder_inputs(query, searcher.asked(query.vectors), ranked, config)
+            if given is not None:
+                inputs.append(given)
+                right.append(corpus.is_right(pool, 1, np.array(row), ranked.chunks[:CANDIDATES]))
+    return DecoderSet.of(corpus.name, inputs, right)
+
+
+@torch.inference_mode()
+def reciprocal_rank(decoder: Decoder | None, questions: DecoderSet, bm25_weight: float = 0.4) -> float:
+    """MRR@10 of the candidates as the decoder ranks them, or as the convex sum alone does."""
+    found = hits(decoder, questions, range(1, 11), bm25_weight)
+    # A right chunk first at rank k counts 1/k: the steps of hit@k, weighed by it.
+    return float(sum((now - before) / k for k, now, before in zip(range(1, 11), found, (0.0, *found), strict=False)))
+
+
+@torch.inference_mode()
+def hits(
+    decoder: Decoder | None, questions: DecoderSet, ks: Sequence[int] = (1, 10), bm25_weight: float = 0.4
+) -> tuple[float, ...]:
+    """hit@k of the candidates as the decoder ranks them, or as the convex sum alone does."""
+    found = []
+    for start in range(0, len(questions), 256):
+        rows = slice(start, start + 256)
+        inputs = questions.rows(rows)
+        if decoder is None:
+            sums = (inputs.cosines + bm25_weight * inputs.bm25).masked_fill(~inputs.has_candidate, -torch.inf)
+        else:
+            sums = torch.from_numpy(decoder.scores(inputs, bm25_weight))
+        order = sums.argsort(dim=1, descending=True, stable=True)
+        right = questions.right[rows].gather(1, order)
+        found.append(torch.stack([right[:, :k].any(1) for k in ks], 1))
+    return tuple(torch.cat(found).double().mean(0).tolist())
