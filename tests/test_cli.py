@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_help_and_version_are_quick_and_load_nothing() -> None:
     assert shell("$treemem --version").stdout == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["build", "search", "ask", "info", "eval", "demo"])
+@pytest.mark.parametrize("command", ["build", "search", "ask", "info", "eval", "train", "demo"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     done = run(command, "--help")
     assert done.code == 0
@@ -292,6 +293,59 @@ def test_build_search_ask_info(run: Run, tmp_path: Path, folder: Path) -> None:
     assert done.code == 0
     for shown in ("documents", "6", "minilm, 384 dimensions", "fanout 32, spill 2, seed 7", "format 1"):
         assert shown in done.out
+
+
+@pytest.fixture
+def own_memory(small_memory_path: Path, tmp_path: Path) -> Path:
+    """A copy of the small memory that a test may change."""
+    return Path(shutil.copytree(small_memory_path, tmp_path / "own.memory"))
+
+
+def pairs(memory: Path, encoder: Encoder, file: Path) -> Path:
+    """A question about every document: its title."""
+    image = Memory.open(memory, encoder=encoder).image
+    references = [image.reference(number) for number in range(image.documents)]
+    file.write_text("\n".join(json.dumps({"query": r.title, "document": r.id}) for r in references))
+    return file
+
+
+def test_train_tells_what_it_did(run: Run, own_memory: Path, minilm: Encoder, tmp_path: Path) -> None:
+    asked = pairs(own_memory, minilm, tmp_path / "pairs.jsonl")
+    done = run("train", own_memory, "--queries", asked, "--levels", "1,2", "--minutes", "0.1", "--save", tmp_path / "w")
+    assert done.code == 0, done.err
+    assert re.search(r"Trained on \d+ labelled questions in \d+ s; \d+ held-out questions decide:", done.out)
+    for shown in ("walk hit@1", "hybrid MRR@10", "level 2 recall@32", "before", "after", "Stage 1-2: level 1"):
+        assert shown in done.out
+    adopted = "Adopted: snapshot" in done.out
+    assert adopted != ("Not adopted: held-out questions are found no better" in done.out)
+    assert ("Trained on" in run("info", own_memory).out) == adopted
+    assert (tmp_path / "w" / "model.safetensors").exists() == adopted
+    assert "training levels 1-2, loss" in done.err
+
+
+def test_train_refuses_in_one_line(run: Run, own_memory: Path, minilm: Encoder, tmp_path: Path) -> None:
+    asked = pairs(own_memory, minilm, tmp_path / "pairs.jsonl")
+    nobody = tmp_path / "nobody.jsonl"
+    nobody.write_text(json.dumps({"query": "who?", "document": "nobody"}))
+    for arguments, told in (
+        (["--queries", asked, "--dataset", tmp_path], "give one of them"),
+        (["--queries", tmp_path / "none.jsonl"], "cannot be read"),
+        (["--queries", nobody], "none of 1 questions has a right chunk"),
+        (["--queries", asked, "--levels", "one"], "give whole numbers"),
+        (["--queries", asked, "--levels", "1,9"], "can be trained here"),
+        (["--queries", asked, "--device", "tpu"], "it must be auto, cpu or cuda"),
+        (["--dataset", tmp_path / "nothing"], "no such folder"),
+        (["--queries", asked, "--sources", "gossip"], "source 'gossip'"),
+    ):
+        done = run("train", own_memory, *arguments)
+        assert done.code == 1
+        assert told in done.error
+
+
+def test_build_with_a_hierarchy_that_is_not_there(run: Run, tmp_path: Path, folder: Path) -> None:
+    done = run("build", tmp_path / "m", folder, "--hierarchy", tmp_path / "none")
+    assert done.code == 1
+    assert "no such folder with config.json and model.safetensors" in done.error
 
 
 def test_control_characters_do_not_reach_the_terminal(run: Run, tmp_path: Path, model: ChosenReplies) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.evaluation.sets import write_set
 from tests.hierarchy.test_ask import GROUNDED
-from tests.small import QUESTIONS
+from tests.small import QUESTIONS, SUBJECTS
 from tests.test_cli import Run, folder, model, run
 
 from treemem.config import MODES
@@ -49,6 +50,7 @@ INFO = {
     "snapshot": str,
     "format": int,
     "config": {"chunk_tokens": int, "fanout": int, "spill": int, "alpha": NUMBER, "seed": int, "language": str},
+    "trained": str | None,
     "store_bytes": int,
     "image_bytes": int,
 }
@@ -188,3 +190,25 @@ def test_eval(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm:
         assert {"hit@1", "hit@10", "ndcg@10", "scored", "ms_p50", "ms_p95"} <= set(figures)
         assert 0 <= figures["hit@1"] <= figures["hit@10"] <= 1
     assert isinstance(value["per_level_recall"], list)
+
+
+TRAIN = {
+    "memory": str, "questions": dict, "held_out": int, "left_out": int, "before": dict, "after": dict, "adopted": dict,
+    "improved": bool, "complete": bool, "snapshot": str, "seconds": float, "logs": str,
+}  # fmt: skip
+
+
+def test_train(run: Run, small_memory_path: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(small_memory_path, tmp_path / "own.memory")
+    questions = [
+        {"query": f"the {subject}", "document": f"{subject.lower()}/{n}"} for subject in SUBJECTS for n in (0, 1)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    done = run("train", own, "--queries", tmp_path / "pairs.jsonl", "--levels", "2", "--minutes", "0.1", "--json")
+    assert (done.code, done.err) == (0, "")
+    value = one_document(done.out)
+    check(value, TRAIN)
+    assert sum(value["questions"].values()) + value["held_out"] <= len(questions)
+    for figures in (value["before"], value["after"]):
+        assert {"walk hit@1", "walk hit@10", "hybrid MRR@10", "level 2 recall@32"} <= set(figures)
+        check(list(figures.values()), [NUMBER])

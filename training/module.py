@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from treemem.errors import InputError
+from treemem.errors import InputError, MissingPackage
 from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus, Met, Served
 from treemem.training.losses import any_right
 from treemem.training.measure import measure
 from treemem.training.questions import Pool
+
+try:
+    import lightning
+except ImportError as error:
+    raise MissingPackage("training needs lightning; run: pip install 'treemem[train]'") from error
 
 WATCHED = 256
 """Held-out questions of each memory that are looked at after every epoch."""
@@ -30,15 +34,15 @@ class TrainConfig:
     """How a hierarchy is trained."""
 
     epochs: int = 8
-    """Of levels 1 and 2; half as many for 2 and 3, and so on. Before each, walks are made with the weights so far."""
-    joint_epochs: int = 2
+    """Of levels 1 and 2; a quarter as many for 2 and 3, and so on. Before each, walks are made as the weights are."""
+    joint_epochs: int = 1
     """Of the pass over all levels together at the end."""
     steps: int = 60
     """Batches of an epoch."""
     batch: int = 128
     """Questions of a batch; all of one memory."""
     node_questions: int = 32
-    """How many of them are asked of nodes: what a node is made of takes long to encode."""
+    """How many of them are asked of the nodes of level 2, a quarter of it higher up: nodes take long to encode."""
     negatives: int = 8
     """Wrong chunks for each question, half of the walk's best and half of BM25's."""
     node_negatives: int = 2
@@ -141,7 +145,8 @@ class Batches(Dataset[Batch]):
                 elements, places = np.unique(np.maximum(chosen, 0), return_inverse=True)
                 asked = np.arange(len(rows))
             else:
-                asked = np.sort(rng.choice(len(rows), min(self.config.node_questions, len(rows)), replace=False))
+                wanted = max(1, self.config.node_questions // (1 if level == 2 else 4))
+                asked = np.sort(rng.choice(len(rows), min(wanted, len(rows)), replace=False))
                 elements = self._nodes(
                     rng, corpus, level, rows[asked], targets[asked], met.nodes[level - 2][own][asked]
                 )

@@ -129,7 +129,9 @@ class HierarchyTrainer:
         self._wandb = _wandb(folder) if wandb else None
         self._start = hierarchy
         self.hierarchy = copy.deepcopy(hierarchy)
-        deepest = min(max(corpus.depth for corpus in corpora), hierarchy.config.levels)
+        # Where a level has no more elements than a walk keeps, all are kept: there is nothing to learn.
+        narrowed = [level for corpus in corpora for level, size in enumerate(corpus.sizes, 1) if size > config.beam]
+        deepest = min(max(narrowed, default=1), hierarchy.config.levels)
         self.stages = stages(deepest, levels, config)
         self._levels = {level for stage in self.stages for level in stage.levels}
         self._begin = time.monotonic()
@@ -373,8 +375,8 @@ def stages(deepest: int, levels: Sequence[int] | None, config: TrainConfig) -> l
     """
     wanted = list(range(1, deepest + 1)) if levels is None else sorted(set(levels))
     if not wanted or wanted[0] < 1 or wanted[-1] > deepest:
-        raise InputError(f"levels = {','.join(map(str, wanted))}: this memory has levels 1 to {deepest}")
-    out = [Stage(f"{k}-{k + 1}", (k, k + 1), max(1, config.epochs >> (k - 1))) for k in wanted if k + 1 in wanted]
+        raise InputError(f"levels = {','.join(map(str, wanted))}: levels 1 to {deepest} can be trained here")
+    out = [Stage(f"{k}-{k + 1}", (k, k + 1), max(1, config.epochs >> 2 * (k - 1))) for k in wanted if k + 1 in wanted]
     paired = {level for stage in out for level in stage.levels}
     out += [Stage(str(k), (k,), config.epochs) for k in wanted if k not in paired]
     if len(wanted) == deepest > 2 and config.joint_epochs:

@@ -245,14 +245,14 @@ def test_only_some_levels(memory: Memory) -> None:
     brief = replace(SHORT, epochs=1, steps=5)
     report = train_memory(memory, questions(memory), levels=[2], config=brief, shape=SHAPE)
     assert list(report.adopted) == ["2"]
-    with pytest.raises(InputError, match="levels = 9: this memory has levels 1 to"):
+    with pytest.raises(InputError, match="levels = 9: levels 1 to 4 can be trained"):
         train_memory(memory, questions(memory), levels=[9], config=brief, shape=SHAPE)
 
 
 def test_stages() -> None:
     config = TrainConfig(epochs=8, joint_epochs=2)
     assert [(s.name, s.levels, s.epochs) for s in stages(4, None, config)] == [
-        ("1-2", (1, 2), 8), ("2-3", (2, 3), 4), ("3-4", (3, 4), 2), ("all", (1, 2, 3, 4), 2),
+        ("1-2", (1, 2), 8), ("2-3", (2, 3), 2), ("3-4", (3, 4), 1), ("all", (1, 2, 3, 4), 2),
     ]  # fmt: skip
     assert [s.name for s in stages(2, None, config)] == ["1-2"]
     assert [s.name for s in stages(1, None, config)] == ["1"]

@@ -1,0 +1,82 @@
+"""Training: each public set's memory trained on its train split, its test split searched before and after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, arguments, save
+
+from treemem import Memory
+from treemem.evaluation import evaluate, load_set
+from treemem.evaluation.questions import training_questions
+from treemem.training import TrainConfig, train_memory
+
+# Set, the split that is judged at the end, the one for choosing (None: held-out questions of the train split).
+SETS: tuple[tuple[str, str, str | None], ...] = (
+    ("medquad", "test", "dev"),
+    ("fairytaleqa", "test", "dev"),
+    ("wiki_multi", "test", "dev"),
+    ("scifact", "test", None),
+    ("wikiqa", "test", "dev"),
+    ("qmsum", "test", "dev"),
+)
+MODES = ("walk", "exact", "hybrid")
+DEEP_QUERIES = 400
+
+
+def judged(memory: Memory, folder: Path, split: str, seed: int) -> dict[str, Any]:
+    """All modes on all questions of a split, and level 0 on at most `DEEP_QUERIES`."""
+    questions = load_set(folder, split=split)
+    report = evaluate(memory, questions, MODES, seed=seed).to_json()
+    deep = evaluate(memory, questions, ("hybrid", "deep"), max_queries=DEEP_QUERIES, seed=seed).to_json()
+    return {"queries": report["queries"], "modes": report["modes"], "levels": report["levels"], "deep": deep["modes"]}
+
+
+def row(name: str, run: dict[str, Any]) -> str:
+    """One line of the table: hit@1 / hit@10 before and after."""
+    cells = []
+    for mode in (*MODES, "deep"):
+        for state in ("before", "after"):
+            figures = run[state]["deep"]["deep"] if mode == "deep" else run[state]["modes"][mode]
+            cells.append(f"{figures['hit@1']:.3f} / {figures['hit@10']:.3f}")
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Train a copy of each set's memory, and put its figures beside those measured before."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sets", nargs="*", help="only these sets")
+    parser.add_argument("--development", action="store_true", help="judge by development splits, for choosing")
+    parser.add_argument("--minutes", type=float, default=30)
+    options = parser.parse_args()
+    result = "training-development" if options.development else "training"
+    path = RESULTS / f"{result}.json"
+    runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    for name, test, development in SETS:
+        place = Path(options.memories) / name
+        split = development if options.development else test
+        if not place.exists() or split is None or (options.sets and name not in options.sets):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / name
+            shutil.copytree(place, copy)
+            before = judged(Memory.open(copy), options.data / name, split, options.seed)
+            questions, held_out = training_questions(options.data / name)
+            config = TrainConfig(seed=options.seed)
+            report = train_memory(
+                Memory.open(copy), questions, held_out=held_out, config=config, minutes=options.minutes
+            )
+            after = judged(Memory.open(copy), options.data / name, split, options.seed)
+        told = report.to_json()
+        del told["memory"], told["logs"]
+        runs[name] = {"split": split, "training": told, "before": before, "after": after}
+        save(result, {"runs": runs}, options)
+        print(row(name, runs[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
