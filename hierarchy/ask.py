@@ -54,7 +54,7 @@ class AskConfig:
     """Longest reply."""
     threshold: float | None = None
     """Least score of the best hit; below it the memory does not hold the answer. None: `DEFAULT_THRESHOLD` in mode
-    `deep` with the default encoder, for which it was measured, otherwise none at all."""
+    `deep` with the default encoder and an untrained tree, for which it was measured, otherwise none at all."""
     quotes: int = 2
     """How many sentences an extractive answer quotes."""
 
@@ -132,7 +132,7 @@ def ask(
 
 def _threshold(memory: Memory, search: SearchConfig, config: AskConfig) -> float | None:
     """The least score that applies, None for none."""
-    measured = search.mode == "deep" and memory.encoder_name == DEFAULT_ENCODER
+    measured = search.mode == "deep" and memory.encoder_name == DEFAULT_ENCODER and memory.hierarchy is None
     return DEFAULT_THRESHOLD if config.threshold is None and measured else config.threshold
 
 

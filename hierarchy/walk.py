@@ -18,6 +18,7 @@ from treemem.hierarchy.decode import CandidateReader
 from treemem.hierarchy.decoder import CANDIDATES, Decoder, DecoderInputs
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
+from treemem.hierarchy.tokens import TOKEN_WEIGHT, TokenScorer, token_idf
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
 from treemem.kernels import Walked, back_end
 from treemem.kernels.reference import quantise_queries
@@ -99,6 +100,8 @@ class Searcher:
         self.hierarchy = hierarchy
         self.kernels = back_end()
         self._reader = CandidateReader(image, self.kernels)
+        trained = None if hierarchy is None else hierarchy.tokens
+        self._scorer = None if trained is None else TokenScorer(trained)
         self._chunk_tokens = chunk_tokens
         self._language = language
         self._states: OrderedDict[int, TokenStates] = OrderedDict()
@@ -359,7 +362,8 @@ class Searcher:
         """Late interaction (Khattab and Zaharia 2020) over the best candidates' token states.
 
         Adds `mu * mean over query tokens of the best cosine among the tokens of the chunk and of its title`; the others
-        follow after them. The matches that are told are those within the chunk.
+        follow after them. The matches that are told are those within the chunk. Where level 0 was trained, states are
+        projected first and the mean is a weighted one.
         """
         encoder = self._require_encoder()
         own = query.states
@@ -367,6 +371,14 @@ class Searcher:
         spans = [(a + s, a + e) for (a, _), part in zip(query.spans, own, strict=True) for s, e in part.spans]
         if len(states) == 0:
             return ranked, {}
+        mu = config.token_weight
+        if self._scorer is None:
+            weights = np.full(len(states), (TOKEN_WEIGHT if mu is None else mu) / len(states), np.float32)
+        else:
+            weighed = self._scorer.weigh(states, token_idf(self.image.lexical, query.text, spans))
+            states, weights = weighed.tokens, weighed.weights
+            if mu is not None:
+                weights = weights * (mu / max(float(weights.sum()), 1e-12))
         top = ranked.chunks[: config.deep_candidates]
         scores = ranked.scores.copy()
         matches: dict[int, tuple[TokenMatch, ...]] = {}
@@ -374,8 +386,11 @@ class Searcher:
             title = sum(end <= 0 for _, end in tokens.spans)
             if len(tokens.spans) == title:
                 continue
-            similarities = states @ tokens.states.astype(np.float32).T  # (query tokens, title's and text's tokens)
-            scores[i] += config.token_weight * float(similarities.max(1).mean())
+            own_states = tokens.states.astype(np.float32)
+            if self._scorer is not None:
+                own_states = self._scorer.project(own_states)
+            similarities = states @ own_states.T  # (query tokens, title's and text's tokens)
+            scores[i] += float(weights @ similarities.max(1))
             similarities, text_spans = similarities[:, title:], tokens.spans[title:]
             best = similarities.argmax(1)
             values = similarities[np.arange(len(best)), best]

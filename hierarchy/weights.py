@@ -25,6 +25,7 @@ from treemem.hierarchy.decoder import Decoder, DecoderConfig
 from treemem.hierarchy.embed import EncoderInfo
 from treemem.hierarchy.encoder import ContextGate, ContextGateConfig, LevelEncoder, LevelEncoderConfig
 from treemem.hierarchy.ranker import Ranker, RankerConfig
+from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.storage.levels import Gate, Residual, unit
 
 WEIGHTS_VERSION = 1
@@ -54,6 +55,8 @@ class HierarchyConfig:
     dropout: float = 0.3
     decoder: DecoderConfig | None = None
     """Of the decoder, None where there is none."""
+    tokens: TokenHeadConfig | None = None
+    """Of the head of level 0, None where it is untrained."""
 
     def __post_init__(self) -> None:
         if self.levels < 2:
@@ -61,7 +64,10 @@ class HierarchyConfig:
 
 
 class Hierarchy(nn.Module):
-    """Context gate, level encoders and rankers of all levels, and the weight of BM25, which is fitted, not learned."""
+    """Context gate, level encoders and rankers of all levels, decoder and level 0 where they are trained.
+
+    The weight of BM25 is fitted, not learned.
+    """
 
     def __init__(self, config: HierarchyConfig, card: Mapping[str, Any] | None = None) -> None:
         """Make an untrained hierarchy; `load` reads a trained one."""
@@ -86,6 +92,7 @@ class Hierarchy(nn.Module):
             }
         )
         self.decoder = None if config.decoder is None else Decoder(config.decoder)
+        self.tokens = None if config.tokens is None else TokenHead(config.tokens)
         self.precision = torch.float64
         """Arithmetic at work: in float64 nothing depends on how many chunks or nodes come together."""
         self.bm25_weight: Tensor
@@ -160,8 +167,10 @@ class Hierarchy(nn.Module):
                 raise ModelError(f"written in version {version}, this treemem reads up to {WEIGHTS_VERSION}; upgrade")
             fields = document["config"]
             decoder = None if fields["decoder"] is None else DecoderConfig(**fields["decoder"])
+            tokens = None if fields["tokens"] is None else TokenHeadConfig(**fields["tokens"])
             encoder = EncoderInfo(**fields["encoder"])
-            made = cls(HierarchyConfig(**{**fields, "encoder": encoder, "decoder": decoder}), document["card"])
+            fields = {**fields, "encoder": encoder, "decoder": decoder, "tokens": tokens}
+            made = cls(HierarchyConfig(**fields), document["card"])
             state = {name: tensor.float() for name, tensor in load(weights).items()}
             made.load_state_dict(state)
         except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
@@ -177,10 +186,17 @@ class Hierarchy(nn.Module):
 
     def with_decoder(self, decoder: Decoder | None) -> Hierarchy:
         """A copy with this decoder."""
-        made = Hierarchy(replace(self.config, decoder=None if decoder is None else decoder.config), self.card)
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("decoder.")}
-        if decoder is not None:
-            state |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+        return self._with("decoder", decoder, replace(self.config, decoder=None if decoder is None else decoder.config))
+
+    def with_tokens(self, tokens: TokenHead | None) -> Hierarchy:
+        """A copy with this head of level 0."""
+        return self._with("tokens", tokens, replace(self.config, tokens=None if tokens is None else tokens.config))
+
+    def _with(self, name: str, part: nn.Module | None, config: HierarchyConfig) -> Hierarchy:
+        made = Hierarchy(config, self.card)
+        state = {key: value for key, value in self.state_dict().items() if not key.startswith(f"{name}.")}
+        if part is not None:
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         made.load_state_dict(state)
         return made.eval()
 

@@ -51,6 +51,10 @@ class TrainConfig:
     """Of the decoder, after all levels; 0: none is trained."""
     decoder_questions: int = 3000
     """At most so many of each memory's questions train it."""
+    token_steps: int = 400
+    """Of level 0, where it is asked for."""
+    token_questions: int = 400
+    """At most so many of each memory's questions train it: each has the tokens of 16 chunks read."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.3
     beam: int = 32

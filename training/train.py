@@ -24,12 +24,21 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from treemem.errors import InputError, MissingPackage
 from treemem.hierarchy.decoder import Decoder, DecoderConfig
+from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus
 from treemem.training.decode import DecoderTraining, decoder_set, reciprocal_rank, train_decoder
 from treemem.training.measure import KEPT, Measured, figures_of, measure, searched
 from treemem.training.module import AllLevels, LevelPair, LevelsModule, TrainConfig
 from treemem.training.questions import Pool
+from treemem.training.tokens import (
+    TokenSet,
+    TokenTraining,
+    token_basis,
+    token_reciprocal_rank,
+    token_set,
+    train_tokens,
+)
 from treemem.types import Progress, no_progress
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -37,6 +46,8 @@ STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 BM25_WEIGHTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 JUDGES = 600
 """So many held-out questions of each memory decide."""
+TOKEN_JUDGES = 200
+"""The same about level 0, where each has the tokens of 16 chunks read."""
 _STATE = "state.json"
 
 
@@ -107,7 +118,7 @@ class HierarchyTrainer:
             hierarchy: where to start; it is not changed.
             config: how.
             folder: gets logs and, until the end, checkpoints.
-            levels: only these.
+            levels: only these; 0 are the tokens, which are trained only if they are named.
             device: `auto`, `cpu` or `cuda`.
             minutes: stop after these, at the end of a step; what was learned is judged all the same.
             wandb: log to Weights and Biases too.
@@ -132,7 +143,9 @@ class HierarchyTrainer:
         # Where a level has no more elements than a walk keeps, all are kept: there is nothing to learn.
         narrowed = [level for corpus in corpora for level, size in enumerate(corpus.sizes, 1) if size > config.beam]
         deepest = min(max(narrowed, default=1), hierarchy.config.levels)
-        self.stages = stages(deepest, levels, config)
+        self._tokens = levels is not None and 0 in levels
+        above = None if levels is None else [level for level in levels if level]
+        self.stages = [] if above == [] else stages(deepest, above, config)
         self._levels = {level for stage in self.stages for level in stage.levels}
         self._begin = time.monotonic()
 
@@ -154,14 +167,22 @@ class HierarchyTrainer:
             self._fit_bm25_weight()
             final = self.hierarchy.rounded()
             final, share = self._with_decoder(final) if self._wants_decoder(complete) else (final, None)
+            if share is not None:
+                done["decoder"] = {1: share}
+            if self._tokens:
+                final, share = self._with_tokens(final)
+                done["tokens"] = {0: share}
             after = self._measured(final)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        better = _quality(after) > _quality(before)
+        if done.get("tokens", {}).get(0):  # judged by themselves: walk and hybrid know nothing of them
+            better = _quality(after) >= _quality(before)
         return Outcome(
             final,
-            done if share is None else {**done, "decoder": {1: share}},
+            done,
             {name: measured.figures() for name, measured in before.items()},
             {name: measured.figures() for name, measured in after.items()},
-            _quality(after) > _quality(before),
+            better,
             time.monotonic() - self._begin,
             complete,
         )
@@ -297,6 +318,37 @@ class HierarchyTrainer:
         chosen.load_state_dict(state)
         return hierarchy.with_decoder(chosen.eval()).rounded(), best
 
+    def _with_tokens(self, hierarchy: Hierarchy) -> tuple[Hierarchy, float]:
+        """Train level 0 behind all the rest, and take it as far as it helps; 0 = the untrained late interaction."""
+        config = self.config
+        basis = token_basis(self.corpora, seed=config.seed, progress=self.progress)
+        train: list[TokenSet] = []
+        judges: list[TokenSet] = []
+        for corpus in self.corpora:
+            searcher = corpus.serve(hierarchy).searcher
+            for pool, sets, most in (
+                (corpus.train, train, config.token_questions),
+                (corpus.held_out, judges, TOKEN_JUDGES),
+            ):
+                rows = _own_words(pool, most)
+                if len(rows):
+                    sets.append(token_set(corpus, searcher, pool, rows, basis, progress=self.progress))
+        torch.manual_seed(config.seed)
+        head = TokenHead(TokenHeadConfig(len(basis)))
+        try:
+            train_tokens(head, train, TokenTraining(steps=config.token_steps, seed=config.seed), self.progress)
+        except InputError:  # every right chunk is found first already, or none at all
+            return hierarchy, 0.0
+        untrained = TokenHead(TokenHeadConfig(len(basis), len(basis)))
+        best, best_value = 0.0, _token_value(untrained, judges)
+        for strength in STRENGTHS[-2::-1]:
+            value = _token_value(head.strengthened(strength), judges)
+            if value > best_value:
+                best, best_value = strength, value
+        if best == 0:
+            return hierarchy.with_tokens(None), 0.0
+        return hierarchy.with_tokens(head.strengthened(best).unfolded(basis).eval()).rounded(), best
+
     def _measured(self, hierarchy: Hierarchy | None) -> dict[str, Measured]:
         """Of each memory what its held-out questions find; hybrid as users search."""
         out = {}
@@ -382,6 +434,10 @@ def stages(deepest: int, levels: Sequence[int] | None, config: TrainConfig) -> l
     if len(wanted) == deepest > 2 and config.joint_epochs:
         out.append(Stage("all", tuple(wanted), config.joint_epochs))
     return out
+
+
+def _token_value(head: TokenHead, judges: Sequence[TokenSet]) -> float:
+    return float(np.mean([token_reciprocal_rank(head, questions) for questions in judges]))
 
 
 def _own_words(pool: Pool, most: int) -> np.ndarray:

@@ -245,7 +245,7 @@ def ask(
         float | None,
         typer.Option(
             help="Least score of the best hit, in the scores of --mode; below it the memory does not hold the answer. "
-            "Default: 1.7 in mode deep with the encoder minilm, for which it was measured; otherwise none."
+            "Default: 1.7 in mode deep with the encoder minilm and an untrained tree, where it was measured; else none."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -341,7 +341,7 @@ def train(
     sources: Annotated[
         str, typer.Option(help="Also questions from: headings, written, distilled. Without any, headings,distilled.")
     ] = "",
-    levels: Annotated[str | None, typer.Option(help="Only these levels, such as 1,2 (1 = chunks).")] = None,
+    levels: Annotated[str | None, typer.Option(help="Only these levels, such as 1,2 (1 = chunks, 0 = tokens).")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop training after these.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Train in so many processes, one for each device.")] = 1,

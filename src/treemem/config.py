@@ -82,8 +82,8 @@ class SearchConfig:
     """How many of BM25's best chunks are candidates."""
     decoder: bool = True
     """Whether a trained decoder ranks the best 64 candidates of both signals anew, where the memory has one."""
-    token_weight: float = 2.0
-    """mu: what the late interaction is worth beside the sum of the other two."""
+    token_weight: float | None = None
+    """mu: what the late interaction is worth beside the sum of the other two; None: what was learned, 2 untrained."""
     deep_candidates: int = 16
     """How many candidates have their tokens compared in mode `deep`."""
 
@@ -95,6 +95,6 @@ class SearchConfig:
             _require_whole(field, getattr(self, field), 1, math.inf, "a whole number, at least 1")
         for field in ("bm25_weight", "token_weight"):
             value = getattr(self, field)
-            if field == "bm25_weight" and value is None:
+            if value is None:
                 continue
             _require(0 <= value < math.inf, field, value, "a finite number, 0 or more")

@@ -14,6 +14,7 @@ from treemem.config import SearchConfig, TreeConfig
 from treemem.hierarchy.decoder import CANDIDATES, PARTS, Decoder, DecoderConfig
 from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.memory import Memory
+from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
 from treemem.types import Document
 
@@ -105,6 +106,29 @@ def test_what_the_decoder_is_told(tmp_path: Path) -> None:
                 assert (parts[place, term, PARTS.index("pair")] > 0) == follows
     states = searcher.encoder.token_states([text])[0].states  # type: ignore[union-attr]
     np.testing.assert_allclose(told.states[0, : len(words)].numpy(), states, atol=1e-6)
+
+
+@pytest.mark.parametrize("query", [QUERIES[0], QUERIES[2], QUERIES[3]])
+def test_an_untrained_head_of_level_0_changes_nothing(tmp_path: Path, query: str) -> None:
+    config = TreeConfig(chunk_tokens=14, fanout=8)
+    dimension = FakeEncoder().dimension
+    made = {}
+    for name, weights in {
+        "without": None,
+        "neutral": hierarchy(0.0).with_decoder(None).with_tokens(TokenHead(TokenHeadConfig(dimension, dimension))),
+    }.items():
+        made[name] = Memory.build(
+            documents(30), tmp_path / name, encoder=FakeEncoder(), config=config, hierarchy=weights
+        )
+    assert made["neutral"].hierarchy is not None
+    assert made["neutral"].hierarchy.tokens is not None
+    without, neutral = (ranked(opened, query, "deep") for opened in made.values())
+    assert [chunk for chunk, _ in without] == [chunk for chunk, _ in neutral]
+    np.testing.assert_allclose([score for _, score in without], [score for _, score in neutral], atol=1e-3)
+    # A weight that is asked for counts for both.
+    light = SearchConfig(mode="deep", k=5, token_weight=0.5)
+    scores = [[hit.score for hit in opened.search(query, config=light).hits] for opened in made.values()]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
 
 
 def test_queries_are_encoded_once_for_both(minilm: Encoder) -> None:
