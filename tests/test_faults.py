@@ -395,7 +395,7 @@ def test_a_second_build_of_the_same_memory_is_refused_while_the_first_lives(tmp_
         time.sleep(0.01)
     forks.signal(signal.SIGSTOP)
     try:
-        with pytest.raises(StoreError, match="another process is building this memory; wait for it or end it"):
+        with pytest.raises(StoreError, match="another process is writing this memory; wait for it or end it"):
             build(path, documents(40), FakeEncoder(), TreeConfig(chunk_tokens=40, fanout=8))
     finally:
         forks.signal(signal.SIGKILL)

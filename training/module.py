@@ -295,10 +295,6 @@ class LevelsModule(lightning.LightningModule):
         batches = Batches(self.corpora, met, rows, plan, self.levels, config, epoch)
         return DataLoader(batches, batch_size=None, shuffle=False)
 
-    def on_train_epoch_start(self) -> None:
-        """Set the random state by the epoch, so that a resumed run goes on as an uninterrupted one."""
-        torch.manual_seed(self.settings.seed * 1_000_003 + self.current_epoch * 1009 + self.global_rank)
-
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches hold arrays; what is gathered with them is moved."""
         return batch
@@ -344,6 +340,8 @@ class LevelsModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The sum of the levels' losses."""
+        # Random states by the step, so that a resumed run goes on as an uninterrupted one.
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)
         vectors = torch.from_numpy(batch.vectors).to(self.device)
         total = vectors.new_zeros(())
         for level, part in batch.levels.items():

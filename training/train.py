@@ -203,7 +203,9 @@ class HierarchyTrainer:
             max_time=None if left is None else {"seconds": max(1, int(left))},
             logger=loggers,
             callbacks=[
-                ModelCheckpoint(checkpoints, save_top_k=0, save_last=True, save_on_train_epoch_end=True),
+                ModelCheckpoint(
+                    checkpoints, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+                ),
                 _Told(stage, self.config.steps * stage.epochs, self.progress),
             ],
             gradient_clip_val=1.0,

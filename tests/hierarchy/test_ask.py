@@ -152,7 +152,7 @@ def test_an_unborne_reply_costs_one_embedding_of_the_sentences(
     monkeypatch.setattr("treemem.hierarchy.ask.bear_on", lambda *_: False)
     answer = small_memory.ask(QUESTION, llm=ChosenReplies())
     assert answer.extractive
-    assert len(calls) == 2  # the question, then the sentences
+    assert len(calls) == 1  # the question is encoded by itself, with its tokens
     assert {"cite", "quote"} <= set(answer.timings)
 
 
