@@ -193,7 +193,9 @@ class HierarchyTrainer:
         if left is not None and left <= 0:
             return False
         torch.manual_seed(self.config.seed)
+        self.hierarchy.eval()
         module = self._module(stage)
+        module.train()  # Lightning leaves every module in the mode that it finds
         checkpoints = self.folder / "checkpoints" / stage.name
         loggers: list[Logger] = [CSVLogger(self.folder, name="logs", version=stage.name)]
         if self._wandb is not None:
