@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,20 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
 
 
 def _replace(folder: Path, target: Path) -> None:
-    """Move a finished image into place; an old one there goes, also when another process just put it there."""
+    """Move a finished image into place, unless another process has put a whole one there: that one is being read."""
     for _ in range(10):
         try:
-            if target.exists():
-                os.replace(target, folder.parent / f"old-{time.monotonic_ns()}")  # removed with the work folder
             os.replace(folder, target)
             return
         except OSError as error:
-            # ENOENT: another process has just moved the old one.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not folder.exists():
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        try:
+            Image(target)
+            return  # images of one snapshot are equal; this one goes with the work folder
+        except DamagedMemory:
+            with suppress(FileNotFoundError):  # another process has just moved the damaged one
+                os.replace(target, folder.parent / f"old-{time.monotonic_ns()}")  # removed with the work folder
     raise StoreError(f"{target}: other processes keep making this image; let one of them end and try again")
 
 
