@@ -25,15 +25,18 @@ SETS: tuple[tuple[str, str, str | None], ...] = (
     ("qmsum", "test", "dev"),
 )
 MODES = ("walk", "exact", "hybrid")
-DEEP_QUERIES = 400
 
 
-def judged(memory: Memory, folder: Path, split: str, seed: int) -> dict[str, Any]:
-    """All modes on all questions of a split, and level 0 on at most `DEEP_QUERIES`."""
+def judged(memory: Memory, folder: Path, split: str, seed: int, deep_queries: int) -> dict[str, Any]:
+    """All modes on all questions of a split, and level 0 on some."""
     questions = load_set(folder, split=split)
     report = evaluate(memory, questions, MODES, seed=seed).to_json()
-    deep = evaluate(memory, questions, ("hybrid", "deep"), max_queries=DEEP_QUERIES, seed=seed).to_json()
-    return {"queries": report["queries"], "modes": report["modes"], "levels": report["levels"], "deep": deep["modes"]}
+    out = {key: report[key] for key in ("queries", "modes", "per_level_recall")}
+    if deep_queries:
+        out["deep"] = evaluate(memory, questions, ("hybrid", "deep"), max_queries=deep_queries, seed=seed).to_json()[
+            "modes"
+        ]
+    return out
 
 
 def row(name: str, run: dict[str, Any]) -> str:
@@ -41,8 +44,9 @@ def row(name: str, run: dict[str, Any]) -> str:
     cells = []
     for mode in (*MODES, "deep"):
         for state in ("before", "after"):
-            figures = run[state]["deep"]["deep"] if mode == "deep" else run[state]["modes"][mode]
-            cells.append(f"{figures['hit@1']:.3f} / {figures['hit@10']:.3f}")
+            figures = run[state].get("deep", {}).get(mode) if mode == "deep" else run[state]["modes"][mode]
+            if figures:
+                cells.append(f"{figures['hit@1']:.3f} / {figures['hit@10']:.3f}")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", help="only these sets")
     parser.add_argument("--development", action="store_true", help="judge by development splits, for choosing")
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--deep-queries", type=int, default=400, help="how many questions level 0 is judged by")
     options = parser.parse_args()
     result = "training-development" if options.development else "training"
     path = RESULTS / f"{result}.json"
@@ -64,13 +69,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch) / name
             shutil.copytree(place, copy)
-            before = judged(Memory.open(copy), options.data / name, split, options.seed)
+            before = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
             questions, held_out = training_questions(options.data / name)
             config = TrainConfig(seed=options.seed)
             report = train_memory(
                 Memory.open(copy), questions, held_out=held_out, config=config, minutes=options.minutes
             )
-            after = judged(Memory.open(copy), options.data / name, split, options.seed)
+            after = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
         told = report.to_json()
         del told["memory"], told["logs"]
         runs[name] = {"split": split, "training": told, "before": before, "after": after}

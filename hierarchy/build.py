@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -75,7 +76,7 @@ def build(
         if store.finished:
             _only_image(store, remaining, config, progress)
             return
-        _encode(store, remaining, encoder, config, progress)
+        _encode(store, remaining, encoder if hierarchy is None else hierarchy.tuned(encoder), config, progress)
         _finish(store, config, progress)
 
 
@@ -272,26 +273,40 @@ def write_image(store: Store, config: TreeConfig, progress: Progress = no_progre
 
 
 def contextual_file(
-    store: Store, alpha: float, path: Path, progress: Progress = no_progress, gate: Gate | None = None
+    store: Store,
+    alpha: float,
+    path: Path,
+    progress: Progress = no_progress,
+    gate: Gate | None = None,
+    encodings: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes."""
+    """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes.
+
+    `encodings` take the place of the stored ones.
+    """
     chunk_ends = store.read("documents/chunk_ends")
-    encodings = store.array("chunks/encodings")
-    if encodings.shape[0] == 0:
-        return np.empty(encodings.shape, np.float16)
+    given: Any = store.array("chunks/encodings") if encodings is None else encodings
+    if given.shape[0] == 0:
+        return np.empty(given.shape, np.float16)
     with guard(store.path):
         # Written first, then mapped: see treemem.storage.files.
         with path.open("wb") as file:
             for first, last in document_runs(chunk_ends, CONTEXT_ROWS):
                 begin = int(chunk_ends[first - 1]) if first else 0
                 if begin:
-                    progress("adding context", begin, encodings.shape[0])
-                rows = np.asarray(encodings[begin : int(chunk_ends[last - 1])])
+                    progress("adding context", begin, given.shape[0])
+                rows = np.asarray(given[begin : int(chunk_ends[last - 1])])
                 file.write(contextual(rows, chunk_ends[first:last] - begin, alpha, gate).data)
-        return np.memmap(path, np.float16, "r", shape=encodings.shape)
+        return np.memmap(path, np.float16, "r", shape=given.shape)
 
 
-def retrain(store: Store, hierarchy: Hierarchy, message: str, progress: Progress = no_progress) -> str:
+def retrain(
+    store: Store,
+    hierarchy: Hierarchy,
+    message: str,
+    progress: Progress = no_progress,
+    encodings: np.ndarray | None = None,
+) -> str:
     """Give a finished memory a trained hierarchy: a new snapshot with the nodes' new vectors, and its serving image.
 
     The tree keeps its shape. What was searched before goes on being searched where it is open.
@@ -301,6 +316,7 @@ def retrain(store: Store, hierarchy: Hierarchy, message: str, progress: Progress
         hierarchy: takes the place of the one before.
         message: of the snapshot.
         progress: told what is done.
+        encodings: of all chunks, float16, where encoder 1 has been tuned.
 
     Returns:
         The new snapshot.
@@ -311,12 +327,12 @@ def retrain(store: Store, hierarchy: Hierarchy, message: str, progress: Progress
     """
     info = store.info()
     with alone(store.path), guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
-        below = contextual_file(store, info.config.alpha, scratch / "level-1", progress, hierarchy.context)
+        below = contextual_file(store, info.config.alpha, scratch / "level-1", progress, hierarchy.context, encodings)
         first, vectors = below, []
         for number, level in enumerate(store.levels(), 2):
             progress(f"encoding level {number}", number, len(info.levels))
             below = node_vectors(below, level.offsets, level.children, hierarchy.residuals.get(number))
             vectors.append(below)
-        snapshot = store.retrain(vectors, (hierarchy.config_bytes(), hierarchy.weights_bytes()), message)
+        snapshot = store.retrain(vectors, (hierarchy.config_bytes(), hierarchy.weights_bytes()), message, encodings)
         build_image(store, first, progress)
     return snapshot

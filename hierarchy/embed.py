@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -156,6 +157,10 @@ class Encoder:
         self._document_prompt = _prompt(model, "document", "passage", "corpus")
         self._query_prompt = _prompt(model, "query")
 
+    def copy(self) -> Encoder:
+        """An encoder of the same name whose weights can be changed without changing this one's."""
+        return Encoder(self.name, copy.deepcopy(self.model))
+
     @cached_property
     def info(self) -> EncoderInfo:
         """Name, dimension and a hash of what makes the vectors: weights, and unless packaged also the rest of it."""
@@ -238,6 +243,22 @@ class Encoder:
         for text, own in zip(texts, found, strict=True):
             self._check_finite([text], own.states.reshape(1, -1), "token states")
         return vectors, found
+
+    def differentiable(self, texts: Sequence[str], *, query: bool = False) -> Float[torch.Tensor, "texts d"]:
+        """Embeddings of texts for training: gradients reach the weights, in the arithmetic that the caller has set.
+
+        Args:
+            texts: what is longer than `longest` tokens is cut off.
+            query: whether they are queries; else chunks.
+        """
+        import torch
+
+        rows, parts = [], []
+        for batch, features, _ in self._batches(texts, self._query_prompt if query else self._document_prompt):
+            rows += batch
+            parts.append(self.model(features)["sentence_embedding"].float())
+        order = torch.tensor(rows, device=self.model.device).argsort()
+        return torch.nn.functional.normalize(torch.cat(parts)[order], dim=1)
 
     def _check_finite(self, texts: Sequence[str], rows: np.ndarray, what: str) -> None:
         if not np.isfinite(rows).all():

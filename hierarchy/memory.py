@@ -153,11 +153,17 @@ class Memory:
 
     @property
     def encoder(self) -> Encoder:
-        """Encoder 1, loaded when first needed."""
+        """Encoder 1, loaded when first needed, with what training has changed of it."""
         with self._lock:
             if self._encoder is None:
-                self._encoder = self._load_encoder()
+                encoder, hierarchy = self.recorded_encoder, self.hierarchy
+                self._encoder = encoder if hierarchy is None else hierarchy.tuned(encoder)
             return self._encoder
+
+    @property
+    def recorded_encoder(self) -> Encoder:
+        """Encoder 1 as the memory records it, without what training has changed; loaded at every call."""
+        return self._load_encoder()
 
     @property
     def hierarchy(self) -> Hierarchy | None:

@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float32, Float64
 from torch import Tensor, nn
 
 from treemem.errors import InputError, ModelError
+from treemem.hierarchy.adapter import Adapter, AdapterConfig
 from treemem.hierarchy.decoder import Decoder, DecoderConfig
-from treemem.hierarchy.embed import EncoderInfo
+from treemem.hierarchy.embed import Encoder, EncoderInfo
 from treemem.hierarchy.encoder import ContextGate, ContextGateConfig, LevelEncoder, LevelEncoderConfig
 from treemem.hierarchy.ranker import Ranker, RankerConfig
 from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
@@ -57,6 +58,8 @@ class HierarchyConfig:
     """Of the decoder, None where there is none."""
     tokens: TokenHeadConfig | None = None
     """Of the head of level 0, None where it is untrained."""
+    adapter: AdapterConfig | None = None
+    """Of what was changed of encoder 1, None where it is as the memory records it."""
 
     def __post_init__(self) -> None:
         if self.levels < 2:
@@ -64,7 +67,7 @@ class HierarchyConfig:
 
 
 class Hierarchy(nn.Module):
-    """Context gate, level encoders and rankers of all levels, decoder and level 0 where they are trained.
+    """Context gate, level encoders and rankers of all levels; decoder, level 0 and encoder 1 where they are trained.
 
     The weight of BM25 is fitted, not learned.
     """
@@ -93,6 +96,7 @@ class Hierarchy(nn.Module):
         )
         self.decoder = None if config.decoder is None else Decoder(config.decoder)
         self.tokens = None if config.tokens is None else TokenHead(config.tokens)
+        self.adapter = None if config.adapter is None else Adapter(config.adapter)
         self.precision = torch.float64
         """Arithmetic at work: in float64 nothing depends on how many chunks or nodes come together."""
         self.bm25_weight: Tensor
@@ -168,8 +172,9 @@ class Hierarchy(nn.Module):
             fields = document["config"]
             decoder = None if fields["decoder"] is None else DecoderConfig(**fields["decoder"])
             tokens = None if fields["tokens"] is None else TokenHeadConfig(**fields["tokens"])
+            adapter = None if fields["adapter"] is None else AdapterConfig(**fields["adapter"])
             encoder = EncoderInfo(**fields["encoder"])
-            fields = {**fields, "encoder": encoder, "decoder": decoder, "tokens": tokens}
+            fields = {**fields, "encoder": encoder, "decoder": decoder, "tokens": tokens, "adapter": adapter}
             made = cls(HierarchyConfig(**fields), document["card"])
             state = {name: tensor.float() for name, tensor in load(weights).items()}
             made.load_state_dict(state)
@@ -191,6 +196,10 @@ class Hierarchy(nn.Module):
     def with_tokens(self, tokens: TokenHead | None) -> Hierarchy:
         """A copy with this head of level 0."""
         return self._with("tokens", tokens, replace(self.config, tokens=None if tokens is None else tokens.config))
+
+    def with_adapter(self, adapter: Adapter | None) -> Hierarchy:
+        """A copy with this adapter of encoder 1."""
+        return self._with("adapter", adapter, replace(self.config, adapter=None if adapter is None else adapter.config))
 
     def _with(self, name: str, part: nn.Module | None, config: HierarchyConfig) -> Hierarchy:
         made = Hierarchy(config, self.card)
@@ -215,6 +224,17 @@ class Hierarchy(nn.Module):
                 f"this hierarchy was trained on encoder {own.name!r} (weights {own.weights}), not on {encoder.name!r} "
                 f"(weights {encoder.weights}); build with the first, or train one"
             )
+
+    def tuned(self, encoder: Encoder) -> Encoder:
+        """Encoder 1 as this hierarchy wants it: a copy where it was fine-tuned, else the one given.
+
+        Args:
+            encoder: the one that it was trained on.
+
+        Raises:
+            ModelError: the encoder is another.
+        """
+        return encoder if self.adapter is None else self.adapter.applied(encoder)
 
     def scale(self, level: int) -> Tensor:
         """What a level's cosines are multiplied by to be logits: one over its temperature."""

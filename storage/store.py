@@ -399,21 +399,30 @@ class Store:
             root.attrs["state"] = "complete"
         return self.publish()
 
-    def retrain(self, vectors: Sequence[Float[np.ndarray, "_ d"]], hierarchy: tuple[bytes, bytes], message: str) -> str:
+    def retrain(
+        self,
+        vectors: Sequence[Float[np.ndarray, "_ d"]],
+        hierarchy: tuple[bytes, bytes],
+        message: str,
+        encodings: Float[np.ndarray, "chunks d"] | None = None,
+    ) -> str:
         """Put a hierarchy in place of the one before, with the nodes' vectors that it gives: one commit.
 
         Args:
             vectors: of every level of nodes, level 2 first; which children they have does not change.
             hierarchy: configuration and weights.
             message: of the commit.
+            encodings: what encoder 1 gives for the chunks, where it has been tuned.
 
         Returns:
             The new snapshot.
         """
         with self._transaction(message) as root:
             changed = []
-            for number, rows in enumerate(vectors, 2):
-                name = f"levels/{number}/vectors"
+            replaced = {f"levels/{number}/vectors": rows for number, rows in enumerate(vectors, 2)}
+            if encodings is not None:
+                replaced["chunks/encodings"] = encodings
+            for name, rows in replaced.items():
                 if root[name].shape != rows.shape:
                     raise AssertionError(f"{name}: vectors of shape {rows.shape} for {root[name].shape}")
                 root[name][:] = rows

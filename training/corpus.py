@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int32, Int64
 from torch import Tensor
 
-from treemem.hierarchy.build import contextual_file
+from treemem.hierarchy.build import ENCODE_CHUNKS, contextual_file
+from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.walk import Searcher
 from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.image import read_tree, write_tree
 from treemem.storage.levels import Level, Spread, node_vectors, unit
-from treemem.training.questions import Pool
+from treemem.training.questions import EMBED_BATCH, Pool
+from treemem.types import Progress, no_progress
 
 WALK_BATCH = 256
 
@@ -48,6 +50,16 @@ class Met:
     """BM25 scores as shares of the question's best."""
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What one state of encoder 1 gives for a memory and its questions."""
+
+    searcher: Searcher
+    chunks: Float16[np.ndarray, "n d"]
+    train: Float32[np.ndarray, "_ d"]
+    held_out: Float32[np.ndarray, "_ d"]
+
+
 class Corpus:
     """The arrays of a memory that training reads, and its questions."""
 
@@ -66,25 +78,69 @@ class Corpus:
         self.train, self.held_out = train, held_out
         self.scratch = scratch
         store = memory.store
-        self.encodings: Float16[np.ndarray, "n d"] = store.read("chunks/encodings")
         ends = store.read("documents/chunk_ends")
         counts = np.diff(ends, prepend=0)
         self._document_of = np.repeat(np.arange(len(ends)), counts)
         self._first, self._last = np.repeat(ends - counts, counts), np.repeat(ends, counts) - 1
-        full = np.flatnonzero(counts > 0)
-        self._documents = np.zeros((len(ends), self.encodings.shape[1]), np.float16)
-        sums = np.add.reduceat(self.encodings.astype(np.float32), (ends - counts)[full], axis=0)
-        self._documents[full] = unit(sums)
+        self._begins = ends - counts
         self.levels: list[Level] = store.levels()
         self.depth = len(self.levels) + 1
-        self.sizes = (len(self.encodings), *(len(level.vectors) for level in self.levels))
+        self.sizes = (memory.image.chunks, *(len(level.vectors) for level in self.levels))
         self._parents = [_parents(level, size) for level, size in zip(self.levels, self.sizes, strict=False)]
         self._numbers = range(1, self.depth + 1)
         self._served: Served | None = None
         self._served_keys: list[bytes] = []
         self._made = 0
-        self._right = {id(pool): self._keys(pool) for pool in (train, held_out)}
+        self.encoded = Encoded(memory.searcher, store.read("chunks/encodings"), train.vectors, held_out.vectors)
+        self._right = {id(pool.right): self._keys(pool) for pool in (train, held_out)}
         self.target_weights = self._target_weights(train)
+
+    # ---- what encoder 1 gives
+
+    @property
+    def encoded(self) -> Encoded:
+        """Encodings of chunks and questions; another state of encoder 1 is set by assigning what `encode` gave."""
+        return self._encoded
+
+    @encoded.setter
+    def encoded(self, encoded: Encoded) -> None:
+        self._encoded = encoded
+        self.train = replace(self.train, vectors=encoded.train)
+        self.held_out = replace(self.held_out, vectors=encoded.held_out)
+        full = np.flatnonzero(np.diff(self._begins, append=len(encoded.chunks)) > 0)
+        self._documents = np.zeros((len(self._begins), encoded.chunks.shape[1]), np.float16)
+        self._documents[full] = unit(np.add.reduceat(encoded.chunks.astype(np.float32), self._begins[full], axis=0))
+        self._served = None
+
+    @property
+    def encodings(self) -> Float16[np.ndarray, "n d"]:
+        """What encoder 1 gives for the chunks."""
+        return self._encoded.chunks
+
+    @property
+    def searcher(self) -> Searcher:
+        """Embeds questions and reads tokens, by encoder 1; searches the memory as it was before training."""
+        return self._encoded.searcher
+
+    def encode(self, encoder: Encoder, progress: Progress = no_progress) -> Encoded:
+        """What another encoder 1 gives. Nothing here changes by it."""
+        config, image = self.memory.config, self.memory.image
+        searcher = Searcher(image, encoder, config.chunk_tokens, config.language)
+        chunks = np.empty((image.chunks, encoder.dimension), np.float16)
+        for start in range(0, len(chunks), ENCODE_CHUNKS):
+            progress("encoding", start, len(chunks))
+            stop = min(start + ENCODE_CHUNKS, len(chunks))
+            chunks[start:stop] = encoder.encode([image.chunk_text(chunk) for chunk in range(start, stop)])
+        pools = []
+        for pool in (self.train, self.held_out):
+            vectors = np.empty_like(pool.vectors)
+            for start in range(0, len(pool), EMBED_BATCH):
+                progress("encoding questions", start, len(pool))
+                embedded = searcher.embed(pool.texts[start : start + EMBED_BATCH], fast=True)
+                for row, query in enumerate(embedded, start):
+                    vectors[row] = query.vectors[0]
+            pools.append(vectors)
+        return Encoded(searcher, chunks, *pools)
 
     # ---- inputs of the encoders
 
@@ -130,7 +186,10 @@ class Corpus:
 
     def is_right(self, pool: Pool, level: int, questions: np.ndarray, elements: np.ndarray) -> Bool[np.ndarray, ...]:
         """Whether elements of a level are right for questions, or lead to what is; shapes are broadcast."""
-        keys, wanted = self._right[id(pool)][level - 1], questions.astype(np.int64) * self.sizes[level - 1] + elements
+        keys, wanted = (
+            self._right[id(pool.right)][level - 1],
+            questions.astype(np.int64) * self.sizes[level - 1] + elements,
+        )
         places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return (keys[places] == wanted) & (elements >= 0)
 
@@ -171,7 +230,9 @@ class Corpus:
             self.scratch.mkdir(parents=True, exist_ok=True)
             # Beside the file before, which may be mapped still.
             file = self.scratch / f"level-1-{self._made % 2}"
-            vectors.append(contextual_file(self.memory.store, self.memory.config.alpha, file, gate=gate))
+            vectors.append(
+                contextual_file(self.memory.store, self.memory.config.alpha, file, gate=gate, encodings=self.encodings)
+            )
         for number in range(len(vectors) + 1, self.depth + 1):
             level = self.levels[number - 2]
             vectors.append(node_vectors(vectors[-1], level.offsets, level.children, residuals.get(number)))

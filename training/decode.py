@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from treemem.config import SearchConfig
 from treemem.errors import InputError
 from treemem.hierarchy.decoder import CANDIDATES, Decoder, DecoderInputs, stack
 from treemem.hierarchy.walk import Searcher
 from treemem.training.corpus import Corpus
+from treemem.training.fit import FitConfig, fit
 from treemem.training.questions import EMBED_BATCH, Pool
 from treemem.types import Progress, no_progress
 
 
-@dataclass(frozen=True)
-class DecoderTraining:
+@dataclass(frozen=True, kw_only=True)
+class DecoderTraining(FitConfig):
     """How a decoder is trained."""
 
-    steps: int = 800
     batch: int = 96
-    """Questions a step, all of one set."""
-    rate: float = 2e-3
-    """Highest learning rate, of one cycle."""
     weight_decay: float = 0.3
-    """Of matrices."""
-    balance: float = 0.5
-    """A set of n questions is drawn in proportion to n ** balance."""
     bm25_weight: float = 0.4
     """lambda of the convex sum that is added to."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,8 +89,6 @@ def train_decoder(
 ) -> list[float]:
     """Train a decoder in place on the questions that have both right and wrong candidates.
 
-    The same seed, sets, decoder and number of threads give the same weights.
-
     Returns:
         The loss of each step.
 
@@ -105,40 +96,16 @@ def train_decoder(
         InputError: there are no such questions.
     """
     config = config or DecoderTraining()
-    used = []
-    for one in sets:
-        wrong = one.inputs.has_candidate & ~one.right
-        rows = torch.nonzero(one.right.any(1) & wrong.any(1))[:, 0].numpy()
-        if len(rows):
-            used.append((one, rows))
-    if not used:
-        raise InputError("no question has both right and wrong candidates: there is nothing to train the decoder on")
-    shares = np.array([len(rows) ** config.balance for _, rows in used])
-    matrices = [p for p in decoder.parameters() if p.ndim > 1]
-    others = [p for p in decoder.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.rate,
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=config.steps)
-    draw = np.random.default_rng(config.seed)
-    losses = []
-    decoder.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # of dropout
-        for step in range(config.steps):
-            one, rows = used[draw.choice(len(used), p=shares / shares.sum())]
-            chosen = torch.from_numpy(draw.choice(rows, min(config.batch, len(rows)), replace=False))
-            loss = decoder_loss(decoder, one.rows(chosen), one.right[chosen], config.bm25_weight)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            cycle.step()
-            losses.append(loss.item())
-            progress("training the decoder", step + 1, config.steps)
-    decoder.eval()
-    return losses
+    groups = [
+        {"params": [p for p in decoder.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in decoder.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+    def loss(number: int, rows: Tensor) -> Tensor:
+        return decoder_loss(decoder, sets[number].rows(rows), sets[number].right[rows], config.bm25_weight)
+
+    present = [(one.right, one.inputs.has_candidate) for one in sets]
+    return fit(decoder, groups, present, loss, config, "the decoder", progress)
 
 
 def decoder_set(
@@ -159,7 +126,7 @@ def decoder_set(
     inputs, right = [], []
     for start in range(0, len(rows), EMBED_BATCH):
         part = rows[start : start + EMBED_BATCH]
-        queries = corpus.memory.searcher.embed([pool.texts[row] for row in part], fast=True)
+        queries = corpus.searcher.embed([pool.texts[row] for row in part], fast=True)
         for done, (row, query) in enumerate(zip(part, queries, strict=True), start):
             if done % 64 == 0:
                 progress("gathering candidates", done, len(rows))
@@ -172,27 +139,15 @@ def decoder_set(
 
 
 @torch.inference_mode()
-def reciprocal_rank(decoder: Decoder | None, questions: DecoderSet, bm25_weight: float = 0.4) -> float:
-    """MRR@10 of the candidates as the decoder ranks them, or as the convex sum alone does."""
-    found = hits(decoder, questions, range(1, 11), bm25_weight)
-    # A right chunk first at rank k counts 1/k: the steps of hit@k, weighed by it.
-    return float(sum((now - before) / k for k, now, before in zip(range(1, 11), found, (0.0, *found), strict=False)))
-
-
-@torch.inference_mode()
-def hits(
-    decoder: Decoder | None, questions: DecoderSet, ks: Sequence[int] = (1, 10), bm25_weight: float = 0.4
-) -> tuple[float, ...]:
-    """hit@k of the candidates as the decoder ranks them, or as the convex sum alone does."""
-    found = []
+def ranked_by_decoder(
+    decoder: Decoder | None, questions: DecoderSet, bm25_weight: float = 0.4
+) -> Iterator[tuple[Float[Tensor, "b k"], Bool[Tensor, "b k"]]]:
+    """Scores of the candidates by the decoder, or by the convex sum alone, and which of them are right."""
     for start in range(0, len(questions), 256):
         rows = slice(start, start + 256)
         inputs = questions.rows(rows)
         if decoder is None:
-            sums = (inputs.cosines + bm25_weight * inputs.bm25).masked_fill(~inputs.has_candidate, -torch.inf)
+            scores = (inputs.cosines + bm25_weight * inputs.bm25).masked_fill(~inputs.has_candidate, -torch.inf)
         else:
-            sums = torch.from_numpy(decoder.scores(inputs, bm25_weight))
-        order = sums.argsort(dim=1, descending=True, stable=True)
-        right = questions.right[rows].gather(1, order)
-        found.append(torch.stack([right[:, :k].any(1) for k in ks], 1))
-    return tuple(torch.cat(found).double().mean(0).tolist())
+            scores = torch.from_numpy(decoder.scores(inputs, bm25_weight))
+        yield scores, questions.right[rows]

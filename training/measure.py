@@ -67,7 +67,7 @@ def searched(corpus: Corpus, served: Served, rows: Int64[np.ndarray, " rows"]) -
     out = np.zeros((len(rows), 3))
     for start in range(0, len(rows), EMBED_BATCH):
         part = rows[start : start + EMBED_BATCH]
-        queries = corpus.memory.searcher.embed([pool.texts[row] for row in part], fast=True)
+        queries = corpus.searcher.embed([pool.texts[row] for row in part], fast=True)
         for i, (row, query) in enumerate(zip(part, queries, strict=True), start):
             found = served.searcher.rank(query, config).chunks[: config.k]
             right = corpus.is_right(pool, 1, np.array(row), found)

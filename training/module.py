@@ -55,6 +55,16 @@ class TrainConfig:
     """Of level 0, where it is asked for."""
     token_questions: int = 400
     """At most so many of each memory's questions train it: each has the tokens of 16 chunks read."""
+    tune_encoder: str = "none"
+    """Whether encoder 1 is fine-tuned first, with levels 1 and 2: `none`, `lora` (low-rank differences) or `full`."""
+    tune_epochs: int = 2
+    tune_batch: int = 32
+    """Questions of a batch; their chunks and two wrong ones for each are encoded too."""
+    lora_rank: int = 8
+    lora_rate: float = 2e-4
+    """Highest learning rate of LoRA's matrices."""
+    full_rate: float = 2e-5
+    """The same of whole weights."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.3
     beam: int = 32
@@ -63,6 +73,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.tune_encoder not in ("none", "lora", "full"):
+            raise InputError(f"tune_encoder = {self.tune_encoder!r}: it must be none, lora or full")
         for name in ("epochs", "steps", "batch", "node_questions", "negatives", "node_negatives", "beam", "hard"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
@@ -84,6 +96,8 @@ class Batch:
     """Questions of one memory with right and wrong elements of the levels that are trained."""
 
     corpus: int
+    rows: np.ndarray
+    """int64 [questions], of the memory's questions to train on"""
     vectors: np.ndarray
     """float32 [questions, d]"""
     levels: dict[int, LevelBatch]
@@ -160,6 +174,7 @@ class Batches(Dataset[Batch]):
             levels[level] = LevelBatch(asked, elements.astype(np.int64), right)
         return Batch(
             index,
+            rows,
             pool.vectors[rows],
             levels,
             places.reshape(chosen.shape),
@@ -309,6 +324,14 @@ class LevelsModule(lightning.LightningModule):
         out: Tensor = self.parts[f"ranker-{level}"](vectors)
         return out
 
+    def question_vectors(self, batch: Batch) -> Float[Tensor, "questions d"]:
+        """Of a batch's questions, as encoder 1 gives them."""
+        return torch.from_numpy(batch.vectors).to(self.device)
+
+    def chunk_inputs(self, corpus: int, chunks: Int64[np.ndarray, " n"]) -> tuple[Tensor, ...]:
+        """What the context gate reads of chunks of a memory."""
+        return tuple(part.to(self.device) for part in self.corpora[corpus].chunk_inputs(chunks))
+
     def elements(
         self, corpus: int, level: int, ids: Int64[np.ndarray, " n"], deep: bool = True
     ) -> Float[Tensor, "n d"]:
@@ -323,7 +346,7 @@ class LevelsModule(lightning.LightningModule):
         own = self.corpora[corpus]
         encoder = self.parts[f"encoder-{level}"]
         if level == 1:
-            out: Tensor = encoder(*(part.to(self.device) for part in own.chunk_inputs(ids)))
+            out: Tensor = encoder(*self.chunk_inputs(corpus, ids))
             return out
         children, present = own.children(level, ids)
         there = torch.from_numpy(present).to(self.device)
@@ -342,7 +365,7 @@ class LevelsModule(lightning.LightningModule):
         """The sum of the levels' losses."""
         # Random states by the step, so that a resumed run goes on as an uninterrupted one.
         torch.manual_seed(self.settings.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)
-        vectors = torch.from_numpy(batch.vectors).to(self.device)
+        vectors = self.question_vectors(batch)
         total = vectors.new_zeros(())
         for level, part in batch.levels.items():
             queries = self.queries(batch.corpus, level, vectors[torch.from_numpy(part.questions).to(self.device)])
@@ -372,16 +395,20 @@ class LevelsModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on a one-cycle schedule; only matrices decay."""
         config = self.settings
+        optimizer = torch.optim.AdamW(self.optimizer_groups(), lr=config.learning_rate)
+        steps = config.steps * (self.trainer.max_epochs or 1)
+        highest = [float(group["lr"]) for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Parameters by how they decay, and with `lr` where that is another."""
         matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
+        return [
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        steps = config.steps * (self.trainer.max_epochs or 1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of each part's gradient and its temperature."""

@@ -16,6 +16,7 @@ import torch
 
 from treemem.errors import InputError
 from treemem.hierarchy.build import retrain
+from treemem.hierarchy.embed import EncoderInfo
 from treemem.hierarchy.generate import LanguageModel
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
@@ -23,7 +24,7 @@ from treemem.training.corpus import Corpus
 from treemem.training.module import TrainConfig
 from treemem.training.questions import Pool, Question, resolve, split_by_document
 from treemem.training.sources import distilled, headings, sentences, written
-from treemem.training.train import HierarchyTrainer, Outcome
+from treemem.training.train import TUNING, HierarchyTrainer, Outcome
 from treemem.types import Progress, no_progress
 
 HELD_OUT_SHARE = 0.12
@@ -128,7 +129,7 @@ def train_memory(
     if start is None:
         torch.manual_seed(config.seed)
         alpha = memory.config.alpha
-        start = Hierarchy(HierarchyConfig(memory.encoder.info, alpha=alpha, **(shape or {})))
+        start = Hierarchy(HierarchyConfig(EncoderInfo(**memory.store.info().encoder), alpha=alpha, **(shape or {})))
     scratch = memory.store.path / "training" / f"served-{rank}"
     try:
         corpus = Corpus(memory.store.path.name, memory, train, judges, scratch)
@@ -145,7 +146,8 @@ def train_memory(
     snapshot = memory.image.snapshot
     if outcome.improved and rank == 0:
         outcome.hierarchy.card = _card(memory, counts, len(judges), outcome, config, before, after)
-        snapshot = retrain(memory.store, outcome.hierarchy, outcome.hierarchy.card["summary"], progress)
+        tuned = corpus.encodings if outcome.adopted.get(TUNING, {}).get(1) else None
+        snapshot = retrain(memory.store, outcome.hierarchy, outcome.hierarchy.card["summary"], progress, tuned)
         if save is not None:
             outcome.hierarchy.save(save)
     return TrainReport(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from treemem.config import SearchConfig
 from treemem.errors import InputError
@@ -16,6 +16,7 @@ from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.tokens import TokenHead, token_features, token_idf
 from treemem.hierarchy.walk import Searcher
 from treemem.training.corpus import Corpus
+from treemem.training.fit import FitConfig, fit
 from treemem.training.questions import EMBED_BATCH, Pool
 from treemem.types import Progress, no_progress
 
@@ -30,24 +31,14 @@ READ_BATCH = 128
 """Chunks whose tokens are encoded together."""
 
 
-@dataclass(frozen=True)
-class TokenTraining:
+@dataclass(frozen=True, kw_only=True)
+class TokenTraining(FitConfig):
     """How a token head is trained."""
 
-    steps: int = 800
     batch: int = 16
-    """Questions a step, all of one set."""
-    rate: float = 2e-3
-    """Highest learning rate, of one cycle."""
-    projection_rate: float = 1e-3
-    """The same of the projection."""
-    anchor: float = 0.0
-    """What the squared distance of the projection from its start costs."""
     weight_decay: float = 0.1
-    """Of the matrices that weigh the query's tokens."""
-    balance: float = 0.5
-    """A set of n questions is drawn in proportion to n ** balance."""
-    seed: int = 0
+    projection_rate: float = 1e-3
+    """Highest learning rate of the projection."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +118,6 @@ def train_tokens(
 ) -> list[float]:
     """Train a head in place on the questions that have both right and wrong candidates.
 
-    The same seed, sets, head and number of threads give the same weights.
-
     Returns:
         The loss of each step.
 
@@ -136,51 +125,19 @@ def train_tokens(
         InputError: there are no such questions.
     """
     config = config or TokenTraining()
-    used = []
-    for one in sets:
-        wrong = (one.candidates >= 0) & ~one.right
-        rows = torch.nonzero(one.right.any(1) & wrong.any(1))[:, 0].numpy()
-        if len(rows):
-            used.append((one, rows))
-    if not used:
-        raise InputError("no question has both right and wrong candidates: there is nothing to train level 0 on")
-    shares = np.array([len(rows) ** config.balance for _, rows in used])
-    start = head.projection.detach().clone()
     matrices = [head.states.weight, head.inwards.weight, head.outwards.weight]
-    highest = [config.rate, config.rate, config.projection_rate, 5 * config.rate]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": [head.inwards.bias], "weight_decay": 0.0},
-            {"params": [head.projection], "weight_decay": 0.0},
-            {"params": [head.log_mu, head.log_scale], "weight_decay": 0.0},
-        ],
-        lr=config.rate,
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=config.steps)
-    draw = np.random.default_rng(config.seed)
-    losses = []
-    head.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # of dropout
-        for step in range(config.steps):
-            one, rows = used[draw.choice(len(used), p=shares / shares.sum())]
-            chosen = torch.from_numpy(draw.choice(rows, min(config.batch, len(rows)), replace=False))
-            loss = token_loss(head, one.batch(chosen))
-            losses.append(loss.item())
-            if config.anchor:
-                loss = loss + config.anchor * (head.projection - start).square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            cycle.step()
-            progress("training level 0", step + 1, config.steps)
-    head.eval()
-    return losses
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [head.inwards.bias], "weight_decay": 0.0},
+        {"params": [head.projection], "weight_decay": 0.0, "lr": config.projection_rate},
+        {"params": [head.log_mu, head.log_scale], "weight_decay": 0.0, "lr": 5 * config.rate},
+    ]
 
+    def loss(number: int, rows: Tensor) -> Tensor:
+        return token_loss(head, sets[number].batch(rows))
 
-# ---- from a memory
+    present = [(one.right, one.candidates >= 0) for one in sets]
+    return fit(head, groups, present, loss, config, "level 0", progress)
 
 
 def token_basis(
@@ -191,9 +148,9 @@ def token_basis(
     draw = np.random.default_rng(seed)
     for number, corpus in enumerate(corpora):
         progress("reading token states", number, len(corpora))
-        image = corpus.memory.searcher.image
+        image = corpus.searcher.image
         chunks = np.sort(draw.permutation(image.chunks)[:BASIS_CHUNKS])
-        read = _chunk_states(corpus.memory.searcher, chunks, titles=True)
+        read = _chunk_states(corpus.searcher, chunks, titles=True)
         states = np.concatenate([own.states for own in read]).astype(np.float64)
         moments.append(states.T @ states / max(len(states), 1))
     _, vectors = np.linalg.eigh(np.mean(moments, axis=0))
@@ -231,7 +188,7 @@ def token_set(
     found, right, states, features = [], [], [], []
     for start in range(0, len(rows), EMBED_BATCH):
         part = rows[start : start + EMBED_BATCH]
-        queries = corpus.memory.searcher.embed([pool.texts[row] for row in part], fast=True)
+        queries = corpus.searcher.embed([pool.texts[row] for row in part], fast=True)
         for done, (row, query) in enumerate(zip(part, queries, strict=True), start):
             if done % 64 == 0:
                 progress("gathering candidates", done, len(rows))
@@ -255,7 +212,7 @@ def token_set(
     read = []
     for start in range(0, len(needed), READ_BATCH):
         progress("reading token states", start, len(needed))
-        for own in _chunk_states(corpus.memory.searcher, needed[start : start + READ_BATCH], titles=titles):
+        for own in _chunk_states(corpus.searcher, needed[start : start + READ_BATCH], titles=titles):
             read.append((own.states.astype(np.float32) @ basis.T).astype(np.float16))
     # One more chunk, without tokens, stands for all those that were not read.
     candidates = np.full((len(found), CANDIDATES), -1, np.int64)
@@ -300,18 +257,10 @@ def _chunk_states(searcher: Searcher, chunks: np.ndarray, *, titles: bool) -> li
 
 
 @torch.inference_mode()
-def token_hits(head: TokenHead | None, questions: TokenSet, ks: Sequence[int] = (1, 10)) -> tuple[float, ...]:
-    """hit@k of the candidates with a head's scores, or as they came."""
-    found = []
+def ranked_by_tokens(
+    head: TokenHead | None, questions: TokenSet
+) -> Iterator[tuple[Float[Tensor, "b k"], Bool[Tensor, "b k"]]]:
+    """Scores of the candidates with a head's, or as they came, and which of them are right."""
     for rows in torch.arange(len(questions)).split(32):
         batch = questions.batch(rows)
-        scores = batch.sums if head is None else token_scores(head, batch)
-        right = batch.right.gather(1, scores.argsort(dim=1, descending=True, stable=True))
-        found.append(torch.stack([right[:, :k].any(1) for k in ks], 1))
-    return tuple(torch.cat(found).double().mean(0).tolist())
-
-
-def token_reciprocal_rank(head: TokenHead | None, questions: TokenSet) -> float:
-    """MRR@10 of the candidates with a head's scores, or as they came."""
-    found = token_hits(head, questions, range(1, 11))
-    return float(sum((now - before) / k for k, now, before in zip(range(1, 11), found, (0.0, *found), strict=False)))
+        yield (batch.sums if head is None else token_scores(head, batch)), batch.right

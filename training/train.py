@@ -23,22 +23,25 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from treemem.errors import InputError, MissingPackage
+from treemem.hierarchy.adapter import Adapter, AdapterConfig
 from treemem.hierarchy.decoder import Decoder, DecoderConfig
 from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus
-from treemem.training.decode import DecoderTraining, decoder_set, reciprocal_rank, train_decoder
+from treemem.training.decode import DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
+from treemem.training.fit import reciprocal_rank
 from treemem.training.measure import KEPT, Measured, figures_of, measure, searched
 from treemem.training.module import AllLevels, LevelPair, LevelsModule, TrainConfig
 from treemem.training.questions import Pool
 from treemem.training.tokens import (
     TokenSet,
     TokenTraining,
+    ranked_by_tokens,
     token_basis,
-    token_reciprocal_rank,
     token_set,
     train_tokens,
 )
+from treemem.training.tune import TrainableEncoder, TunedPair
 from treemem.types import Progress, no_progress
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -48,6 +51,8 @@ JUDGES = 600
 """So many held-out questions of each memory decide."""
 TOKEN_JUDGES = 200
 """The same about level 0, where each has the tokens of 16 chunks read."""
+TUNING = "encoder"
+"""The stage that fine-tunes encoder 1."""
 _STATE = "state.json"
 
 
@@ -157,6 +162,12 @@ class HierarchyTrainer:
             done = self._resume()
             before = self._measured(None if self._untrained(self._start) else self._start.rounded())
             complete = True
+            if done.get(TUNING, {}).get(1):
+                self._encode()
+            if self.config.tune_encoder != "none" and TUNING not in done:
+                taken, complete = self._tune()
+                done[TUNING] = {1: taken}
+                self._save(done)
             for stage in self.stages:
                 if stage.name in done:
                     continue
@@ -187,14 +198,43 @@ class HierarchyTrainer:
             complete,
         )
 
-    def _train(self, stage: Stage) -> bool:
+    def _tune(self) -> tuple[float, bool]:
+        """Fine-tune encoder 1 with levels 1 and 2; all three are taken as they were learned, or none (1 or 0).
+
+        They are taken only if the held-out questions are found better than without the encoder's part.
+        """
+        stage = Stage(TUNING, (1, 2), self.config.tune_epochs)
+        old = {level: _state(self.hierarchy, level) for level in stage.levels}
+        encoder = self.corpora[0].memory.encoder
+        trainable = TrainableEncoder(encoder, self.config.tune_encoder, self.config.lora_rank)
+        before = self._value(1)
+        complete = self._train(stage, TunedPair(self.hierarchy, self.corpora, self.config, trainable))
+        before = max(before, self._value(1))
+        plain, encoded = self.hierarchy, [corpus.encoded for corpus in self.corpora]
+        self.hierarchy = plain.with_adapter(trainable.adapter().after(plain.adapter))
+        self._encode()
+        if self._value(1) > before:
+            return 1.0, complete
+        self.hierarchy = plain
+        for corpus, own in zip(self.corpora, encoded, strict=True):
+            corpus.encoded = own
+        for level, state in old.items():
+            _set(self.hierarchy, level, state)
+        return 0.0, complete
+
+    def _encode(self) -> None:
+        """Encode all chunks and questions with the encoder that was tuned."""
+        for corpus in self.corpora:
+            corpus.encoded = corpus.encode(self.hierarchy.tuned(corpus.memory.recorded_encoder), self.progress)
+
+    def _train(self, stage: Stage, module: LevelsModule | None = None) -> bool:
         """Train one stage; False where the time ran out."""
         left = None if self.minutes is None else self.minutes * 60 - (time.monotonic() - self._begin)
         if left is not None and left <= 0:
             return False
         torch.manual_seed(self.config.seed)
         self.hierarchy.eval()
-        module = self._module(stage)
+        module = module or self._module(stage)
         module.train()  # Lightning leaves every module in the mode that it finds
         checkpoints = self.folder / "checkpoints" / stage.name
         loggers: list[Logger] = [CSVLogger(self.folder, name="logs", version=stage.name)]
@@ -309,13 +349,16 @@ class HierarchyTrainer:
         except InputError:  # every right chunk is found first already, or none at all
             return hierarchy, 0.0
         state = decoder.state_dict()
-        best, best_value = 0.0, float(np.mean([reciprocal_rank(None, one, weight) for one in judges]))
-        for strength in STRENGTHS[-2::-1]:
-            rounded = Decoder(replace(decoder.config, strength=strength))
-            rounded.load_state_dict({name: tensor.half().float() for name, tensor in state.items()})
-            value = float(np.mean([reciprocal_rank(rounded, one, weight) for one in judges]))
-            if value > best_value:
-                best, best_value = strength, value
+        halved = {name: tensor.half().float() for name, tensor in state.items()}  # as it will be stored
+
+        def value(strength: float) -> float:
+            rounded = None
+            if strength:
+                rounded = Decoder(replace(decoder.config, strength=strength)).eval()
+                rounded.load_state_dict(halved)
+            return float(np.mean([reciprocal_rank(ranked_by_decoder(rounded, one, weight)) for one in judges]))
+
+        best = _strongest(value)
         if best == 0:
             return hierarchy.with_decoder(None), 0.0
         chosen = Decoder(replace(decoder.config, strength=best))
@@ -344,11 +387,12 @@ class HierarchyTrainer:
         except InputError:  # every right chunk is found first already, or none at all
             return hierarchy, 0.0
         untrained = TokenHead(TokenHeadConfig(len(basis), len(basis)))
-        best, best_value = 0.0, _token_value(untrained, judges)
-        for strength in STRENGTHS[-2::-1]:
-            value = _token_value(head.strengthened(strength), judges)
-            if value > best_value:
-                best, best_value = strength, value
+
+        def value(strength: float) -> float:
+            own = head.strengthened(strength) if strength else untrained
+            return float(np.mean([reciprocal_rank(ranked_by_tokens(own, one)) for one in judges]))
+
+        best = _strongest(value)
         if best == 0:
             return hierarchy.with_tokens(None), 0.0
         return hierarchy.with_tokens(head.strengthened(best).unfolded(basis).eval()).rounded(), best
@@ -396,6 +440,8 @@ class HierarchyTrainer:
             state = json.loads((self.folder / _STATE).read_text())
             if state["digest"] == digest:
                 if state["done"]:
+                    if state["adapter"]:
+                        self.hierarchy = self.hierarchy.with_adapter(Adapter(AdapterConfig(**state["adapter"])))
                     last = list(state["done"])[-1]
                     self.hierarchy.load_state_dict(load_file(self.folder / "checkpoints" / f"{last}.safetensors"))
                 return {name: {int(k): v for k, v in own.items()} for name, own in state["done"].items()}
@@ -414,8 +460,10 @@ class HierarchyTrainer:
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
         save_file(self.hierarchy.state_dict(), folder / f"{list(done)[-1]}.safetensors")
+        config = self.hierarchy.config.adapter
+        adapter = None if config is None else asdict(config)
         work = self.folder / "state.part"
-        work.write_text(json.dumps({"digest": self._digest(), "done": done}))
+        work.write_text(json.dumps({"digest": self._digest(), "done": done, "adapter": adapter}))
         work.replace(self.folder / _STATE)
 
 
@@ -440,8 +488,9 @@ def stages(deepest: int, levels: Sequence[int] | None, config: TrainConfig) -> l
     return out
 
 
-def _token_value(head: TokenHead, judges: Sequence[TokenSet]) -> float:
-    return float(np.mean([token_reciprocal_rank(head, questions) for questions in judges]))
+def _strongest(value: Callable[[float], float]) -> float:
+    """The strength of largest value; of equal ones the least."""
+    return max(sorted(STRENGTHS), key=value)
 
 
 def _own_words(pool: Pool, most: int) -> np.ndarray:

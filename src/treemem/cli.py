@@ -342,6 +342,9 @@ def train(
         str, typer.Option(help="Also questions from: headings, written, distilled. Without any, headings,distilled.")
     ] = "",
     levels: Annotated[str | None, typer.Option(help="Only these levels, such as 1,2 (1 = chunks, 0 = tokens).")] = None,
+    tune_encoder: Annotated[
+        str, typer.Option(help="First fine-tune encoder 1 with levels 1 and 2: none, lora or full (wants a GPU).")
+    ] = "none",
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop training after these.")] = 10,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Train in so many processes, one for each device.")] = 1,
@@ -378,7 +381,7 @@ def train(
             sources=chosen,
             model=opened.language_model(llm, url=llm_url, progress=progress) if "written" in chosen else None,
             levels=None if levels is None else _whole_numbers("--levels", levels),
-            config=TrainConfig(seed=seed),
+            config=TrainConfig(seed=seed, tune_encoder=tune_encoder),
             minutes=minutes,
             device=device,
             wandb=wandb,

@@ -18,7 +18,8 @@ from treemem.hierarchy.decoder import (
     stack,
     term_states,
 )
-from treemem.training.decode import DecoderSet, DecoderTraining, decoder_loss, hits, train_decoder
+from treemem.training.decode import DecoderSet, DecoderTraining, decoder_loss, ranked_by_decoder, train_decoder
+from treemem.training.fit import hit_rates
 
 D = 16
 
@@ -217,11 +218,11 @@ def test_a_known_answer_is_learned(rng, layers):
     seen, unseen = synthetic(rng, 256), synthetic(rng, 128)
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(D, layers=layers, dropout=0.1))
-    before = hits(None, unseen)
-    assert hits(decoder, unseen) == before
+    before = hit_rates(ranked_by_decoder(None, unseen), (1, 10))
+    assert hit_rates(ranked_by_decoder(decoder, unseen), (1, 10)) == before
     losses = train_decoder(decoder, [seen], DecoderTraining(steps=80, batch=32, rate=2e-2, weight_decay=0.01))
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-    assert hits(decoder, unseen)[0] > before[0] + 0.4
+    assert hit_rates(ranked_by_decoder(decoder, unseen), (1,))[0] > before[0] + 0.4
 
 
 def test_training_is_deterministic_for_a_seed(rng):
