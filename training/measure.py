@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,13 +98,14 @@ def figures_of(
     right = corpus.is_right(corpus.held_out, 1, rows[:, None], met.chunks)
     calibration = {}
     if hierarchy is not None:
-        calibration[1] = _calibration(hierarchy.scale(1).item() * met.cosines[:, :KEPT], right[:, :KEPT])
+        first = first_choices(met.cosines[:, :KEPT], right[:, :KEPT], hierarchy.scale(1).item())
+        calibration[1] = calibration_error(*first)
     nodes = {}
     for level, (kept, scores) in enumerate(zip(met.nodes, met.node_scores, strict=True), 2):
         held = corpus.is_right(corpus.held_out, level, rows[:, None], kept)
         nodes[level] = np.stack([held[:, :width].any(1) for width in BEAMS], 1).astype(np.float64)
         if hierarchy is not None and level <= hierarchy.config.levels:
-            calibration[level] = _calibration(hierarchy.scale(level).item() * scores, held)
+            calibration[level] = calibration_error(*first_choices(scores, held, hierarchy.scale(level).item()))
     dense = np.where(np.arange(met.chunks.shape[1]) < KEPT, met.cosines, -np.inf)
     return Measured(_hits(dense, right), _hits(met.cosines + bm25_weight * met.bm25, right), nodes, calibration)
 
@@ -115,12 +117,27 @@ def _hits(scores: np.ndarray, right: np.ndarray) -> Float64[np.ndarray, "questio
     return np.stack([found[:, 0], found.any(1), first], 1).astype(np.float64)
 
 
-def _calibration(logits: np.ndarray, right: np.ndarray) -> float:
-    there = np.isfinite(logits).any(1)
-    logits, right = logits[there].astype(np.float64), right[there]
-    if len(logits) == 0:
-        return 0.0
-    likely = np.exp(logits - logits.max(1, keepdims=True))
+def first_choices(scores: np.ndarray, right: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of questions with any element (score above -inf): the probability of the best one, and whether it is right."""
+    there = np.isfinite(scores).any(1)
+    logits, right = scale * scores[there].astype(np.float64), right[there]
+    likely = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
     likely /= likely.sum(1, keepdims=True)
-    first = likely.argmax(1)
-    return calibration_error(likely.max(1), right[np.arange(len(right)), first])
+    first = likely.argmax(1)[:, None]
+    return np.take_along_axis(likely, first, 1)[:, 0], np.take_along_axis(right, first, 1)[:, 0]
+
+
+def fitted_scale(parts: Sequence[tuple[np.ndarray, np.ndarray]], scale: float) -> float:
+    """What cosines are best multiplied by to be logits: where the first choice's probability has the least Brier score.
+
+    Args:
+        parts: cosines and which are right, of each memory; shape (questions, elements).
+        scale: the one now; others of an eighth to eight times it are tried.
+    """
+    factors = 2.0 ** np.arange(-3, 3.01, 0.125)
+
+    def brier(factor: float) -> float:
+        found = [first_choices(scores, right, factor * scale) for scores, right in parts]
+        return float(np.mean([np.square(likely - hit).mean() for likely, hit in found if len(hit)] or [0.0]))
+
+    return float(scale * min(sorted(factors, key=lambda factor: abs(np.log(factor))), key=brier))

@@ -333,7 +333,7 @@ class LevelsModule(lightning.LightningModule):
         return tuple(part.to(self.device) for part in self.corpora[corpus].chunk_inputs(chunks))
 
     def elements(
-        self, corpus: int, level: int, ids: Int64[np.ndarray, " n"], deep: bool = True
+        self, corpus: int, level: int, ids: Int64[np.ndarray, " n"], below: tuple[np.ndarray, Tensor] | None = None
     ) -> Float[Tensor, "n d"]:
         """Vectors of elements of a level, by its encoder.
 
@@ -341,24 +341,21 @@ class LevelsModule(lightning.LightningModule):
             corpus: number of the memory.
             level: of the elements.
             ids: which.
-            deep: make the children by their encoder too, if it is trained; else take them as they were served.
+            below: elements of the level below, sorted, with vectors that take gradients: what the batch holds of it. Other
+                children are as they were served.
         """
-        own = self.corpora[corpus]
         encoder = self.parts[f"encoder-{level}"]
         if level == 1:
             out: Tensor = encoder(*self.chunk_inputs(corpus, ids))
             return out
-        children, present = own.children(level, ids)
-        there = torch.from_numpy(present).to(self.device)
-        if deep and level - 1 in self.levels:
-            unique, back = np.unique(children[present], return_inverse=True)
-            below = self.elements(corpus, level - 1, unique, deep=False)
-            rows = below.new_zeros((*present.shape, below.shape[1]))
-            rows[there] = below[torch.from_numpy(back).to(self.device)]
-        else:
-            served = self.served[corpus].vectors[level - 2]
-            rows = torch.from_numpy(served[children].astype(np.float32)).to(self.device)
-        out = encoder(rows, there)
+        children, present = self.corpora[corpus].children(level, ids)
+        rows = torch.from_numpy(self.served[corpus].vectors[level - 2][children].astype(np.float32)).to(self.device)
+        if below is not None:
+            known, vectors = below
+            places = np.minimum(np.searchsorted(known, children), len(known) - 1)
+            live = torch.from_numpy((known[places] == children) & present).to(self.device)
+            rows[live] = vectors[torch.from_numpy(places).to(self.device)[live]]
+        out = encoder(rows, torch.from_numpy(present).to(self.device))
         return out
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -367,9 +364,12 @@ class LevelsModule(lightning.LightningModule):
         torch.manual_seed(self.settings.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)
         vectors = self.question_vectors(batch)
         total = vectors.new_zeros(())
-        for level, part in batch.levels.items():
+        below = None
+        for level, part in sorted(batch.levels.items()):
             queries = self.queries(batch.corpus, level, vectors[torch.from_numpy(part.questions).to(self.device)])
-            cosines = queries @ self.elements(batch.corpus, level, part.elements).T
+            elements = self.elements(batch.corpus, level, part.elements, below)
+            below = part.elements, elements
+            cosines = queries @ elements.T
             scale = self.hierarchy.scale(level)
             loss = any_right(scale * cosines, torch.from_numpy(part.right).to(self.device))
             if level == 1:

@@ -30,7 +30,7 @@ from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus
 from treemem.training.decode import DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
 from treemem.training.fit import reciprocal_rank
-from treemem.training.measure import KEPT, Measured, figures_of, measure, searched
+from treemem.training.measure import KEPT, Measured, figures_of, fitted_scale, measure, searched
 from treemem.training.module import AllLevels, LevelPair, LevelsModule, TrainConfig
 from treemem.training.questions import Pool
 from treemem.training.tokens import (
@@ -176,6 +176,7 @@ class HierarchyTrainer:
                 done[stage.name] = self._adopt(stage, old)
                 self._save(done)
             self._fit_bm25_weight()
+            self._fit_temperatures()
             final = self.hierarchy.rounded()
             final, share = self._with_decoder(final) if self._wants_decoder(complete) else (final, None)
             if share is not None:
@@ -322,6 +323,29 @@ class HierarchyTrainer:
                 found.append(float(figures_of(corpus, met, rows, frozen, weight).hybrid[:, 2].mean()))
         best = max(values, key=lambda weight: float(np.mean(values[weight])))
         self.hierarchy.bm25_weight.fill_(best)
+
+    def _fit_temperatures(self) -> None:
+        """Make the probabilities of every trained level's first choices as right as they can be on held-out questions.
+
+        After what was learned is scaled down, the learned temperature no longer fits (Guo et al. 2017, section 4.2).
+        """
+        frozen = self.hierarchy.rounded()
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in sorted(self._levels)}
+        for corpus in self.corpora:
+            rows = self._judges(corpus, 1)
+            if len(rows) == 0:
+                return
+            met = corpus.meet(corpus.serve(frozen), corpus.held_out, rows, self.config.beam, KEPT)
+            for level, found in parts.items():
+                if level > corpus.depth:
+                    continue
+                ids = met.chunks[:, :KEPT] if level == 1 else met.nodes[level - 2]
+                scores = met.cosines[:, :KEPT] if level == 1 else met.node_scores[level - 2]
+                found.append((scores, corpus.is_right(corpus.held_out, level, rows[:, None], ids)))
+        for level, found in parts.items():
+            if found:
+                fitted = fitted_scale(found, self.hierarchy.scale(level).item())
+                self.hierarchy.rankers[str(level)].log_scale.data.fill_(float(np.log(fitted)))
 
     # ---- the decoder
 

@@ -86,7 +86,7 @@ class TrainableEncoder:
 class TunedPair(LevelPair):
     """Levels 1 and 2 together with encoder 1: a batch's questions and chunks are encoded with gradients.
 
-    Documents, neighbours and the other children of nodes stay as they were encoded before.
+    Documents, neighbours and other children of nodes stay as they were encoded before.
     """
 
     def __init__(
@@ -97,18 +97,6 @@ class TunedPair(LevelPair):
         super().__init__(hierarchy, corpora, 1, small)
         self.trained = encoder
         self.transformer = encoder.model
-        self._live: tuple[np.ndarray, Tensor] | None = None
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """As of any pair, with the batch's chunks encoded anew."""
-        torch.manual_seed(self.settings.seed * 1_000_003 + self.global_step * 1009 + self.global_rank)
-        image = self.corpora[batch.corpus].memory.image
-        chunks = batch.levels[1].elements
-        self._live = (chunks, self.trained.encode([image.chunk_text(int(chunk)) for chunk in chunks]))
-        try:
-            return super().training_step(batch, batch_index)
-        finally:
-            self._live = None
 
     def question_vectors(self, batch: Batch) -> Float[Tensor, "questions d"]:
         """Of the questions, by the encoder under training."""
@@ -116,14 +104,10 @@ class TunedPair(LevelPair):
         return self.trained.encode([texts[row] for row in batch.rows], query=True)
 
     def chunk_inputs(self, corpus: int, chunks: Int64[np.ndarray, " n"]) -> tuple[Tensor, ...]:
-        """What the context gate reads, with the batch's own chunks as the encoder under training gives them."""
-        own, *context = super().chunk_inputs(corpus, chunks)
-        if self._live is not None:
-            known, vectors = self._live
-            places = np.minimum(np.searchsorted(known, chunks), len(known) - 1)
-            mask = torch.from_numpy(known[places] == chunks).to(own.device)
-            own = torch.where(mask[:, None], vectors[torch.from_numpy(places).to(own.device)], own)
-        return (own, *context)
+        """What the context gate reads, the chunks themselves as the encoder under training gives them."""
+        _, *context = super().chunk_inputs(corpus, chunks)
+        image = self.corpora[corpus].memory.image
+        return (self.trained.encode([image.chunk_text(int(chunk)) for chunk in chunks]), *context)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The encoder learns more slowly than what starts from nothing."""

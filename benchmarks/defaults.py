@@ -1,0 +1,186 @@
+"""Default weights: a decoder trained on all public train splits, and what it gives sets that it never saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import arguments, save
+
+from treemem import Memory
+from treemem.evaluation import evaluate, load_set
+from treemem.evaluation.questions import training_questions
+from treemem.hierarchy.build import retrain
+from treemem.hierarchy.decoder import PARTS, Decoder, DecoderConfig
+from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
+from treemem.training.corpus import Corpus
+from treemem.training.decode import DecoderSet, DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
+from treemem.training.fit import hit_rates, reciprocal_rank
+from treemem.training.questions import resolve, split_by_document
+
+TRAINED = ("medquad", "fairytaleqa", "wiki_multi", "scifact", "wikiqa", "qmsum", "pubmedqa")
+NEVER = ("locomo", "cranfield", "npl", "hotpotqa_200", "musique_100", "limit_small")
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+MOST = 2500
+"""Questions of a set that are trained on."""
+JUDGES = 800
+# In this set documents with right answers to training questions have no titles: their lack must not be learned.
+WITHOUT_TITLES = "wikiqa"
+
+
+def gathered(place: Path, data: Path, scratch: Path, seed: int) -> tuple[DecoderSet, DecoderSet]:
+    """Candidates of a set's train split, and of its development split or, without one, of a fifth of the documents."""
+    memory = Memory.open(place)
+    questions, held_out = training_questions(data)
+    pool = resolve(memory.searcher, questions)
+    if held_out:
+        train, judges = pool, resolve(memory.searcher, held_out)
+    else:
+        apart, inside = split_by_document(pool, 0.2, JUDGES, seed)
+        train, judges = pool.take(apart), pool.take(inside)
+    corpus = Corpus(place.name, memory, train, judges, scratch)
+    searcher = memory.searcher
+    out = []
+    for one, most in ((train, MOST), (judges, JUDGES)):
+        rows = np.unique(np.linspace(0, len(one) - 1, min(most, len(one))).round().astype(np.int64))
+        made = decoder_set(corpus, searcher, one, rows)
+        if place.name == WITHOUT_TITLES:
+            made.inputs.parts[..., PARTS.index("title")] = 0
+        out.append(made)
+    return out[0], out[1]
+
+
+def trained(sets: Iterable[DecoderSet], options: Any) -> Decoder:
+    """A decoder trained on some sets."""
+    sets = list(sets)
+    torch.manual_seed(options.seed)
+    decoder = Decoder(DecoderConfig(sets[0].inputs.query.shape[-1], layers=options.layers))
+    train_decoder(decoder, sets, DecoderTraining(steps=options.steps, seed=options.seed))
+    return decoder
+
+
+def gains(decoder: Decoder, judges: DecoderSet) -> dict[str, dict[str, float]]:
+    """hit@1, hit@10 and MRR@10 without the decoder, and with it at each strength."""
+    out = {}
+    for strength in (0.0, *STRENGTHS):
+        own = None
+        if strength:
+            own = Decoder(replace(decoder.config, strength=strength)).eval()
+            own.load_state_dict(decoder.state_dict())
+        one, ten = hit_rates(ranked_by_decoder(own, judges), (1, 10))
+        mrr = reciprocal_rank(ranked_by_decoder(own, judges))
+        out[str(strength)] = {"hit@1": one, "hit@10": ten, "mrr@10": mrr}
+    return out
+
+
+def as_hierarchy(memory: Memory, decoder: Decoder, strength: float, names: Sequence[str], seed: int) -> Hierarchy:
+    """An untrained hierarchy with this decoder."""
+    chosen = Decoder(replace(decoder.config, strength=strength))
+    chosen.load_state_dict(decoder.state_dict())
+    torch.manual_seed(seed)
+    hierarchy = Hierarchy(HierarchyConfig(memory.encoder.info)).with_decoder(chosen)
+    hierarchy.card = {
+        "summary": f"A decoder trained on {', '.join(names)}; levels and encoder as they come",
+        "data": dict.fromkeys(names, "split train"),
+        "settings": {"strength": strength, "seed": seed},
+    }
+    return hierarchy.rounded()
+
+
+def judged(place: Path, data: Path, split: str | None, hierarchy: Hierarchy, options: Any) -> dict[str, Any]:
+    """A memory's figures before and after it is given a hierarchy."""
+    questions = load_set(data, split=split)
+    out: dict[str, Any] = {"split": split}
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / place.name
+        shutil.copytree(place, copy)
+        for state in ("before", "after"):
+            if state == "after":
+                retrain(Memory.open(copy).store, hierarchy, "default weights")
+            modes = evaluate(Memory.open(copy), questions, ("hybrid",), seed=options.seed).to_json()["modes"]
+            if options.deep_queries:
+                deep = evaluate(
+                    Memory.open(copy), questions, ("deep",), max_queries=options.deep_queries, seed=options.seed
+                )
+                modes |= deep.to_json()["modes"]
+            out[state] = modes
+    return out
+
+
+def line(name: str, run: dict[str, Any]) -> str:
+    """What changed, in points of hit@1 and hit@10."""
+    cells = []
+    for mode in run["after"]:
+        for key in ("hit@1", "hit@10"):
+            cells.append(f"{100 * (run['after'][mode][key] - run['before'][mode][key]):+.1f}")
+    return f"{name}: {' '.join(run['after'])} {' / '.join(cells)}"
+
+
+def main() -> None:
+    """Train with each set left out, choose a strength, train on all, and search what nothing was trained on."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="where the default weights are written")
+    parser.add_argument("--deep-queries", type=int, default=200)
+    parser.add_argument("--strength", type=float, help="in place of the one that development questions choose")
+    parser.add_argument("--test", action="store_true", help="also the test splits, and the sets never trained on")
+    parser.add_argument("--cache", type=Path, help="a folder to keep gathered candidates in")
+    options = parser.parse_args()
+    sets: dict[str, tuple[DecoderSet, DecoderSet]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in TRAINED:
+            file = options.cache and options.cache / f"{name}.pt"
+            if file and file.exists():
+                sets[name] = torch.load(file, weights_only=False)
+            else:
+                sets[name] = gathered(options.memories / name, options.data / name, Path(scratch) / name, options.seed)
+                if file:
+                    torch.save(sets[name], file)
+            print(name, *map(len, sets[name]), flush=True)
+    result: dict[str, Any] = {"left_out": {}, "test": {}, "never": {}}
+    left_out = {}
+    for name in TRAINED:
+        begin = time.monotonic()
+        left_out[name] = trained((train for other, (train, _) in sets.items() if other != name), options)
+        result["left_out"][name] = gains(left_out[name], sets[name][1])
+        print(name, json.dumps(result["left_out"][name]), f"{time.monotonic() - begin:.0f} s", flush=True)
+    means = {
+        strength: float(
+            np.mean([run[str(strength)]["mrr@10"] - run["0.0"]["mrr@10"] for run in result["left_out"].values()])
+        )
+        for strength in STRENGTHS
+    }
+    strength = options.strength or max(means, key=means.__getitem__)
+    whole = trained((train for train, _ in sets.values()), options)
+    result |= {"strength": strength, "mean_gain_by_strength": means}
+    result["together"] = {name: gains(whole, judges) for name, (_, judges) in sets.items()}
+    print(strength, means, flush=True)
+    first = Memory.open(options.memories / TRAINED[0])
+    hierarchy = as_hierarchy(first, whole, strength, TRAINED, options.seed)
+    if options.out:
+        hierarchy.save(options.out)
+    save("defaults", result, options)
+    if options.test:
+        for name in TRAINED:
+            others = [other for other in TRAINED if other != name]
+            own = as_hierarchy(first, left_out[name], strength, others, options.seed)
+            result["test"][name] = judged(options.memories / name, options.data / name, "test", own, options)
+            print(line(name, result["test"][name]), flush=True)
+            save("defaults", result, options)
+        for name in NEVER:
+            result["never"][name] = judged(options.memories / name, options.data / name, None, hierarchy, options)
+            print(line(name, result["never"][name]), flush=True)
+            save("defaults", result, options)
+
+
+if __name__ == "__main__":
+    main()
