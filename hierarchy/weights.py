@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -241,6 +242,12 @@ class Hierarchy(nn.Module):
         ranker = self.rankers[str(level)]
         assert isinstance(ranker, Ranker)
         return ranker.log_scale.exp()
+
+    def set_scale(self, level: int, scale: float) -> None:
+        """Set a level's temperature to one over `scale`."""
+        ranker = self.rankers[str(level)]
+        assert isinstance(ranker, Ranker)
+        ranker.log_scale.data.fill_(math.log(scale))
 
     def encoder(self, level: int) -> ContextGate | LevelEncoder:
         """What makes the vectors of a level."""

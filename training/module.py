@@ -341,7 +341,7 @@ class LevelsModule(lightning.LightningModule):
             corpus: number of the memory.
             level: of the elements.
             ids: which.
-            below: elements of the level below, sorted, with vectors that take gradients: what the batch holds of it. Other
+            below: what the batch holds of the level below: sorted elements, and vectors that take gradients. Other
                 children are as they were served.
         """
         encoder = self.parts[f"encoder-{level}"]

@@ -114,8 +114,18 @@ def train_memory(
     given = list(questions or [])
     sources = list(sources) or ([] if given else list(OWN_SOURCES))
     gathered = given + _gathered(memory, sources, model, config.seed, progress)
-    if not any(question.source != "distilled" for question in given) and levels is None:
-        levels = range(2, len(memory.info().levels) + 1)
+    start = memory.hierarchy
+    if start is None:
+        torch.manual_seed(config.seed)
+        alpha = memory.config.alpha
+        start = Hierarchy(HierarchyConfig(EncoderInfo(**memory.store.info().encoder), alpha=alpha, **(shape or {})))
+    if not given and levels is None:
+        levels = [level for level in trainable_levels(memory, config, start.config.levels) if level > 1]
+        if not levels:
+            raise InputError(
+                "a walk in this memory keeps all nodes, so only the ranking of chunks can learn, and headings mislead "
+                "that; give questions with known answers (--queries)"
+            )
     pool = resolve(memory.searcher, gathered, progress)
     if held_out:
         judges = resolve(memory.searcher, held_out, progress)
@@ -125,11 +135,6 @@ def train_memory(
         train, judges = pool.take(apart), pool.take(inside)
     if len(train) == 0:
         raise InputError("no questions are left to train on beside the held-out ones; give more, about more documents")
-    start = memory.hierarchy
-    if start is None:
-        torch.manual_seed(config.seed)
-        alpha = memory.config.alpha
-        start = Hierarchy(HierarchyConfig(EncoderInfo(**memory.store.info().encoder), alpha=alpha, **(shape or {})))
     scratch = memory.store.path / "training" / f"served-{rank}"
     try:
         corpus = Corpus(memory.store.path.name, memory, train, judges, scratch)
@@ -164,6 +169,12 @@ def train_memory(
         seconds=round(seconds, 1),
         logs=str(folder / "logs"),
     )
+
+
+def trainable_levels(memory: Memory, config: TrainConfig, most: int = HierarchyConfig.levels) -> list[int]:
+    """The levels, up to `most`, of which a walk does not keep all elements; level 1 always among them."""
+    sizes = memory.info().levels[::-1][:most]
+    return [level for level, size in enumerate(sizes, 1) if level == 1 or size > config.beam]
 
 
 def _gathered(

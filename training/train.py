@@ -344,8 +344,7 @@ class HierarchyTrainer:
                 found.append((scores, corpus.is_right(corpus.held_out, level, rows[:, None], ids)))
         for level, found in parts.items():
             if found:
-                fitted = fitted_scale(found, self.hierarchy.scale(level).item())
-                self.hierarchy.rankers[str(level)].log_scale.data.fill_(float(np.log(fitted)))
+                self.hierarchy.set_scale(level, fitted_scale(found, self.hierarchy.scale(level).item()))
 
     # ---- the decoder
 
@@ -354,7 +353,7 @@ class HierarchyTrainer:
         return bool(complete and labelled and self.config.decoder_steps and 1 in self._levels)
 
     def _with_decoder(self, hierarchy: Hierarchy) -> tuple[Hierarchy, float]:
-        """Train a decoder on what the trained levels find, and take it as far as it helps; 0 = not at all."""
+        """Train a decoder on what the trained levels find, and take it as far as it helps; 0 = the one before."""
         config = self.config
         weight = float(hierarchy.bm25_weight)
         train, judges = [], []
@@ -366,31 +365,29 @@ class HierarchyTrainer:
             if len(rows):
                 judges.append(decoder_set(corpus, searcher, corpus.held_out, rows, self.progress))
         torch.manual_seed(config.seed)
-        decoder = Decoder(DecoderConfig(hierarchy.config.encoder.dimension))
+        old = hierarchy.decoder
+        decoder = Decoder(DecoderConfig(hierarchy.config.encoder.dimension)) if old is None else copy.deepcopy(old)
         settings = DecoderTraining(steps=config.decoder_steps, bm25_weight=weight, seed=config.seed)
         try:
             train_decoder(decoder, train, settings, self.progress)
         except InputError:  # every right chunk is found first already, or none at all
             return hierarchy, 0.0
-        state = decoder.state_dict()
-        halved = {name: tensor.half().float() for name, tensor in state.items()}  # as it will be stored
+        halved = {name: tensor.half().float() for name, tensor in decoder.state_dict().items()}  # as it will be stored
+
+        def strengthened(strength: float) -> Decoder:
+            made = Decoder(replace(decoder.config, strength=strength)).eval()
+            made.load_state_dict(halved)
+            return made
 
         def value(strength: float) -> float:
-            rounded = None
-            if strength:
-                rounded = Decoder(replace(decoder.config, strength=strength)).eval()
-                rounded.load_state_dict(halved)
-            return float(np.mean([reciprocal_rank(ranked_by_decoder(rounded, one, weight)) for one in judges]))
+            own = strengthened(strength) if strength else old
+            return float(np.mean([reciprocal_rank(ranked_by_decoder(own, one, weight)) for one in judges]))
 
         best = _strongest(value)
-        if best == 0:
-            return hierarchy.with_decoder(None), 0.0
-        chosen = Decoder(replace(decoder.config, strength=best))
-        chosen.load_state_dict(state)
-        return hierarchy.with_decoder(chosen.eval()).rounded(), best
+        return (hierarchy.with_decoder(strengthened(best)).rounded() if best else hierarchy), best
 
     def _with_tokens(self, hierarchy: Hierarchy) -> tuple[Hierarchy, float]:
-        """Train level 0 behind all the rest, and take it as far as it helps; 0 = the untrained late interaction."""
+        """Train level 0 behind all the rest, and take it as far as it helps; 0 = as it was before."""
         config = self.config
         basis = token_basis(self.corpora, seed=config.seed, progress=self.progress)
         train: list[TokenSet] = []
@@ -410,15 +407,17 @@ class HierarchyTrainer:
             train_tokens(head, train, TokenTraining(steps=config.token_steps, seed=config.seed), self.progress)
         except InputError:  # every right chunk is found first already, or none at all
             return hierarchy, 0.0
-        untrained = TokenHead(TokenHeadConfig(len(basis), len(basis)))
+        old = TokenHead(TokenHeadConfig(len(basis), len(basis)))
+        if hierarchy.tokens is not None:
+            old = hierarchy.tokens.unfolded(np.ascontiguousarray(basis.T)).eval()
 
         def value(strength: float) -> float:
-            own = head.strengthened(strength) if strength else untrained
+            own = head.strengthened(strength) if strength else old
             return float(np.mean([reciprocal_rank(ranked_by_tokens(own, one)) for one in judges]))
 
         best = _strongest(value)
         if best == 0:
-            return hierarchy.with_tokens(None), 0.0
+            return hierarchy, 0.0
         return hierarchy.with_tokens(head.strengthened(best).unfolded(basis).eval()).rounded(), best
 
     def _measured(self, hierarchy: Hierarchy | None) -> dict[str, Measured]:

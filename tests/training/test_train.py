@@ -18,7 +18,9 @@ from tests.fakes import FakeEncoder, documents
 
 from treemem.config import TreeConfig
 from treemem.errors import InputError, ModelError
+from treemem.hierarchy.decoder import Decoder, DecoderConfig
 from treemem.hierarchy.memory import Memory
+from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
 from treemem.storage.store import Store
 from treemem.training import HierarchyTrainer, LevelPair, Question, TrainConfig, train_memory
@@ -28,7 +30,15 @@ from treemem.training.train import interpolated, stages
 
 TREE = TreeConfig(chunk_tokens=14, fanout=6, seed=1)
 SHORT = TrainConfig(
-    epochs=3, joint_epochs=1, steps=16, batch=48, node_questions=24, beam=4, weight_decay=0.01, decoder_steps=6
+    epochs=3,
+    joint_epochs=1,
+    steps=16,
+    batch=48,
+    node_questions=24,
+    beam=4,
+    weight_decay=0.01,
+    decoder_steps=6,
+    decoder_questions=60,
 )
 TURN = 0.06
 """How far questions are turned: little of the way is lost at 0, all at 1."""
@@ -234,13 +244,33 @@ def test_without_questions_level_1_is_left_alone(memory: Memory) -> None:
     ]
 
 
+def test_without_questions_and_with_all_nodes_kept_there_is_nothing_to_learn(memory: Memory) -> None:
+    with pytest.raises(InputError, match="a walk in this memory keeps all nodes"):
+        train_memory(memory, config=replace(SHORT, beam=2000), shape=SHAPE)
+
+
 def test_training_goes_on_from_what_is_there(memory: Memory) -> None:
-    first = train_memory(memory, questions(memory), config=replace(SHORT, epochs=4), shape=SHAPE)
+    first = train_memory(memory, questions(memory), config=replace(SHORT, epochs=4, decoder_steps=0), shape=SHAPE)
     opened = Memory.open(memory.store.path, encoder=Turned())
-    second = train_memory(opened, questions(memory), config=replace(SHORT, seed=1))
+    second = train_memory(opened, questions(memory), config=replace(SHORT, epochs=2, decoder_steps=0))
     assert first.improved
-    assert second.before["walk MRR@10"] == pytest.approx(first.after["walk MRR@10"], abs=0.06)
+    assert second.before["walk MRR@10"] == pytest.approx(first.after["walk MRR@10"], abs=0.01)
     assert second.after["walk MRR@10"] >= second.before["walk MRR@10"]
+
+
+def test_what_helps_no_more_leaves_decoder_and_level_0_as_they_were(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treemem.training.train._strongest", lambda value: 0.0)
+    before = start().with_decoder(Decoder(DecoderConfig(32))).with_tokens(TokenHead(TokenHeadConfig(32, 8)))
+    brief = replace(SHORT, epochs=1, steps=1, joint_epochs=0, decoder_steps=2, token_steps=2, token_questions=20)
+    run = HierarchyTrainer([corpus(memory, tmp_path / "s")], before, brief, tmp_path / "run", levels=[0, 1, 2]).fit()
+    assert run.adopted["decoder"] == {1: 0.0}
+    assert run.adopted["tokens"] == {0: 0.0}
+    own, old = run.hierarchy.state_dict(), before.rounded().state_dict()
+    parts = [name for name in old if name.startswith(("decoder.", "tokens."))]
+    assert parts
+    assert all(torch.equal(own[name], old[name]) for name in parts)
 
 
 def test_only_some_levels(memory: Memory) -> None:
