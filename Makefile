@@ -1,6 +1,6 @@
 # `make` alone prints the targets. Everything is installed into .venv; nothing outside this folder is changed.
 #   PYTHON       which Python makes .venv (default python3; 3.11 or later)
-#   PYTEST_ARGS  more arguments for pytest, as in `make test PYTEST_ARGS="-n 2 -k walk"`
+#   PYTEST_ARGS  more arguments for pytest, as in `make test PYTEST_ARGS="-n 0 -k walk"` (-n 0: in one process)
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) are respected.
 
 SHELL := bash
@@ -37,7 +37,7 @@ install-dev: .venv/.installed-dev ## that and what testing needs
 .PHONY: test
 test: .venv/.installed-dev ## everything that runs on every change: check, then the tests
 	$(MAKE) --no-print-directory check
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.installed-dev ## the tests that are left out of `test` for their length
