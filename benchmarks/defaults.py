@@ -6,14 +6,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, save
+from common import RESULTS, arguments, save
 
 from treemem import Memory
 from treemem.evaluation import evaluate, load_set
@@ -81,12 +81,13 @@ def gains(decoder: Decoder, judges: DecoderSet) -> dict[str, dict[str, float]]:
     return out
 
 
-def as_hierarchy(memory: Memory, decoder: Decoder, strength: float, names: Sequence[str], seed: int) -> Hierarchy:
+def as_hierarchy(memory: Memory, decoder: Decoder, strength: float, names: Iterable[str], seed: int) -> Hierarchy:
     """An untrained hierarchy with this decoder."""
     chosen = Decoder(replace(decoder.config, strength=strength))
     chosen.load_state_dict(decoder.state_dict())
     torch.manual_seed(seed)
     hierarchy = Hierarchy(HierarchyConfig(memory.encoder.info)).with_decoder(chosen)
+    names = list(names)
     hierarchy.card = {
         "summary": f"A decoder trained on {', '.join(names)}; levels and encoder as they come",
         "data": dict.fromkeys(names, "split train"),
@@ -124,17 +125,8 @@ def line(name: str, run: dict[str, Any]) -> str:
     return f"{name}: {' '.join(run['after'])} {' / '.join(cells)}"
 
 
-def main() -> None:
-    """Train with each set left out, choose a strength, train on all, and search what nothing was trained on."""
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="where the default weights are written")
-    parser.add_argument("--deep-queries", type=int, default=200)
-    parser.add_argument("--strength", type=float, help="in place of the one that development questions choose")
-    parser.add_argument("--test", action="store_true", help="also the test splits, and the sets never trained on")
-    parser.add_argument("--cache", type=Path, help="a folder to keep gathered candidates in")
-    options = parser.parse_args()
+def trained_part(options: Any) -> dict[str, Any]:
+    """Train with each set left out, choose a strength by what that gives, and train on all."""
     sets: dict[str, tuple[DecoderSet, DecoderSet]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in TRAINED:
@@ -146,40 +138,70 @@ def main() -> None:
                 if file:
                     torch.save(sets[name], file)
             print(name, *map(len, sets[name]), flush=True)
-    result: dict[str, Any] = {"left_out": {}, "test": {}, "never": {}}
+    first = Memory.open(options.memories / TRAINED[0])
     left_out = {}
     for name in TRAINED:
         begin = time.monotonic()
-        left_out[name] = trained((train for other, (train, _) in sets.items() if other != name), options)
-        result["left_out"][name] = gains(left_out[name], sets[name][1])
-        print(name, json.dumps(result["left_out"][name]), f"{time.monotonic() - begin:.0f} s", flush=True)
+        others = [other for other in TRAINED if other != name]
+        decoder = trained((sets[other][0] for other in others), options)
+        left_out[name] = gains(decoder, sets[name][1])
+        if options.cache:
+            as_hierarchy(first, decoder, 1.0, others, options.seed).save(options.cache / f"without-{name}")
+        print(name, json.dumps(left_out[name]), f"{time.monotonic() - begin:.0f} s", flush=True)
     means = {
-        strength: float(
-            np.mean([run[str(strength)]["mrr@10"] - run["0.0"]["mrr@10"] for run in result["left_out"].values()])
-        )
+        strength: float(np.mean([run[str(strength)]["mrr@10"] - run["0.0"]["mrr@10"] for run in left_out.values()]))
         for strength in STRENGTHS
     }
     strength = options.strength or max(means, key=means.__getitem__)
     whole = trained((train for train, _ in sets.values()), options)
-    result |= {"strength": strength, "mean_gain_by_strength": means}
-    result["together"] = {name: gains(whole, judges) for name, (_, judges) in sets.items()}
-    print(strength, means, flush=True)
-    first = Memory.open(options.memories / TRAINED[0])
-    hierarchy = as_hierarchy(first, whole, strength, TRAINED, options.seed)
-    if options.out:
-        hierarchy.save(options.out)
-    save("defaults", result, options)
-    if options.test:
-        for name in TRAINED:
-            others = [other for other in TRAINED if other != name]
-            own = as_hierarchy(first, left_out[name], strength, others, options.seed)
-            result["test"][name] = judged(options.memories / name, options.data / name, "test", own, options)
-            print(line(name, result["test"][name]), flush=True)
-            save("defaults", result, options)
-        for name in NEVER:
-            result["never"][name] = judged(options.memories / name, options.data / name, None, hierarchy, options)
-            print(line(name, result["never"][name]), flush=True)
-            save("defaults", result, options)
+    chosen = as_hierarchy(first, whole, strength, TRAINED, options.seed)
+    chosen.card["figures"] = {
+        f"{name} (trained without it), {key}": (run["0.0"][key], run[str(strength)][key])
+        for name, run in left_out.items()
+        for key in ("hit@1", "hit@10")
+    }
+    chosen.save(options.out)
+    together = {name: gains(whole, judges) for name, (_, judges) in sets.items()}
+    return {
+        "questions": {name: [len(part) for part in parts] for name, parts in sets.items()},
+        "left_out": left_out,
+        "strength": strength,
+        "mean_gain_by_strength": means,
+        "together": together,
+    }
+
+
+def main() -> None:
+    """Train the default weights, and search with them what they were not trained on."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the default weights")
+    parser.add_argument("--deep-queries", type=int, default=200)
+    parser.add_argument("--strength", type=float, help="in place of the one that development questions choose")
+    parser.add_argument("--cache", type=Path, help="a folder to keep candidates and decoders in; needed for `test`")
+    parser.add_argument(
+        "--parts", nargs="*", default=["train", "never"], choices=["train", "test", "never"],
+        help="train; search the test splits, each with the weights trained without that set; the sets never trained on",
+    )  # fmt: skip
+    options = parser.parse_args()
+    path = RESULTS / "defaults.json"
+    runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    if "train" in options.parts:
+        runs |= trained_part(options)
+        save("defaults", {"runs": runs}, options)
+    for part, names, split in (("test", TRAINED, "test"), ("never", NEVER, None)):
+        if part not in options.parts:
+            continue
+        for name in names:
+            hierarchy = Hierarchy.load(options.cache / f"without-{name}" if part == "test" else options.out)
+            decoder = hierarchy.decoder
+            assert decoder is not None
+            first = Memory.open(options.memories / name)
+            used = as_hierarchy(first, decoder, runs["strength"], hierarchy.card["data"], options.seed)
+            runs.setdefault(part, {})[name] = judged(options.memories / name, options.data / name, split, used, options)
+            print(line(name, runs[part][name]), flush=True)
+            save("defaults", {"runs": runs}, options)
 
 
 if __name__ == "__main__":

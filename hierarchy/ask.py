@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_THRESHOLD = 1.7
 """Below this score of the best hit a memory does not hold the answer. Measured in mode `deep` with the default encoder
-by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 76% of foreign ones."""
+and an untrained tree by `benchmarks/threshold.py`: refuses 1% of a memory's own questions and 76% of foreign ones.
+Trained weights change scores; their card may name a threshold of their own."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,12 @@ def ask(
 
 def _threshold(memory: Memory, search: SearchConfig, config: AskConfig) -> float | None:
     """The least score that applies, None for none."""
-    measured = search.mode == "deep" and memory.encoder_name == DEFAULT_ENCODER and memory.hierarchy is None
-    return DEFAULT_THRESHOLD if config.threshold is None and measured else config.threshold
+    if config.threshold is not None or search.mode != "deep":
+        return config.threshold
+    if memory.hierarchy is not None:
+        named = memory.hierarchy.card.get("threshold")
+        return float(named) if isinstance(named, int | float) else None
+    return DEFAULT_THRESHOLD if memory.encoder_name == DEFAULT_ENCODER else None
 
 
 class _Clock:

@@ -88,9 +88,6 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
     """
     # Progress bars of the libraries would mix with ours and with --json.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Threads that wait for each other actively stall wherever other processes want the cores too: one query took 910 ms
-    # in place of 15 on 2 busy cores. Heeded only if torch is not imported yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging

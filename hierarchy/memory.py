@@ -17,7 +17,7 @@ from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
 from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
 from treemem.hierarchy.readers import ReadReport, read
 from treemem.hierarchy.walk import Searcher
-from treemem.hierarchy.weights import Hierarchy
+from treemem.hierarchy.weights import DEFAULT_HIERARCHY, Hierarchy, load_hierarchy
 from treemem.storage.image import Image, image_folder
 from treemem.storage.store import Store, StoreInfo
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
@@ -72,7 +72,7 @@ class Memory:
         path: str | Path,
         *,
         encoder: str | Encoder = DEFAULT_ENCODER,
-        hierarchy: str | Path | Hierarchy | None = None,
+        hierarchy: str | Path | Hierarchy | None = DEFAULT_HIERARCHY,
         config: TreeConfig | None = None,
         report: ReadReport | None = None,
         strict: bool = False,
@@ -84,7 +84,8 @@ class Memory:
             sources: files, folders and globs, or a document or several; none at all make an empty memory.
             path: where the memory is to lie; nothing else may be there.
             encoder: encoder 1, by name or loaded.
-            hierarchy: a trained one to grow the tree with, its folder or loaded; None for an untrained tree.
+            hierarchy: a trained one to grow the tree with, its folder or loaded; `default` for the packaged one, which
+                is left out with another encoder than the packaged; None or `none` for an untrained tree.
             config: how the tree is built.
             report: filled with what could not be read.
             strict: stop before the tree is grown if anything could not be read.
@@ -99,8 +100,7 @@ class Memory:
         """
         path = Path(path)
         config = config or TreeConfig()
-        if isinstance(hierarchy, str | Path):
-            hierarchy = Hierarchy.load(hierarchy)
+        weights = load_hierarchy(hierarchy) if isinstance(hierarchy, str | Path) else hierarchy
         report = report if report is not None else ReadReport()
         require_free(path)
         from_files = _are_paths(sources)
@@ -110,14 +110,10 @@ class Memory:
         if strict:
             documents = _strictly(documents, report, path)
         loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
+        if hierarchy == DEFAULT_HIERARCHY and weights is not None and not weights.fits(loaded.info):
+            weights = None
         build(
-            path,
-            documents,
-            loaded,
-            config,
-            _extrapolated(progress, fraction),
-            distinct=from_files,
-            hierarchy=hierarchy,
+            path, documents, loaded, config, _extrapolated(progress, fraction), distinct=from_files, hierarchy=weights
         )
         return cls.open(path, encoder=loaded)
 

@@ -36,6 +36,9 @@ CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 BM25_WEIGHT = 0.4
 """lambda before training: what the best BM25 score of a query is worth beside a cosine."""
+DEFAULT_HIERARCHY = "default"
+DEFAULT_FOLDER = Path(__file__).parent / "default"
+"""The packaged hierarchy; its card is `README.md` there."""
 NODES_AT_ONCE = 256
 """Nodes whose children a level encoder reads together."""
 
@@ -217,10 +220,15 @@ class Hierarchy(nn.Module):
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.digest()
 
+    def fits(self, encoder: EncoderInfo) -> bool:
+        """Whether this was trained on the same encoder 1."""
+        own = self.config.encoder
+        return (own.weights, own.dimension) == (encoder.weights, encoder.dimension)
+
     def require_encoder(self, encoder: EncoderInfo) -> None:
         """Raise ModelError unless this was trained on the same encoder 1."""
         own = self.config.encoder
-        if (own.weights, own.dimension) != (encoder.weights, encoder.dimension):
+        if not self.fits(encoder):
             raise ModelError(
                 f"this hierarchy was trained on encoder {own.name!r} (weights {own.weights}), not on {encoder.name!r} "
                 f"(weights {encoder.weights}); build with the first, or train one"
@@ -258,8 +266,10 @@ class Hierarchy(nn.Module):
     # ---- at work
 
     @cached_property
-    def context(self) -> Gate:
-        """The context gate over arrays."""
+    def context(self) -> Gate | None:
+        """The context gate over arrays; None where nothing is learned: documents are added with the memory's alpha."""
+        if not _learned(self.gate):
+            return None
         gate = copy.deepcopy(self.gate).to(self.precision).eval()
 
         def parts(*rows: Float64[np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
@@ -271,8 +281,9 @@ class Hierarchy(nn.Module):
 
     @cached_property
     def residuals(self) -> dict[int, Residual]:
-        """The level encoders over arrays, by level."""
-        return {int(level): _residual(encoder, self.precision) for level, encoder in self.encoders.items()}
+        """The level encoders over arrays, by level; without those that add nothing to means."""
+        learned = {int(level): encoder for level, encoder in self.encoders.items() if _learned(encoder)}
+        return {level: _residual(encoder, self.precision) for level, encoder in learned.items()}
 
     @cached_property
     def _shifts(self) -> dict[int, Callable[[np.ndarray], np.ndarray] | None]:
@@ -282,6 +293,22 @@ class Hierarchy(nn.Module):
         """Queries as a level's ranker compares them, unit vectors; unchanged where there is nothing learned."""
         shift = self._shifts.get(level)
         return queries if shift is None else unit(queries + shift(queries)).astype(np.float32)
+
+
+def load_hierarchy(name: str | Path) -> Hierarchy | None:
+    """A hierarchy by name: a folder, `default` (the packaged one), or `none`, which gives None.
+
+    Raises InputError where there is no such folder, ModelError where it cannot be used.
+    """
+    if name == "none":
+        return None
+    return Hierarchy.load(DEFAULT_FOLDER if name == DEFAULT_HIERARCHY else name)
+
+
+def _learned(part: nn.Module) -> bool:
+    """Whether a part's last layer, zero before training, gives anything."""
+    outwards = part.get_submodule("outwards")
+    return any(bool(parameter.any()) for parameter in outwards.parameters())
 
 
 def _residual(encoder: nn.Module, precision: torch.dtype) -> Residual:
@@ -305,10 +332,10 @@ def _residual(encoder: nn.Module, precision: torch.dtype) -> Residual:
 def _shift(ranker: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
     """A ranker's part that is added to queries, over arrays; None where it adds nothing."""
     assert isinstance(ranker, Ranker)
+    if not _learned(ranker):
+        return None
     layers = (ranker.inwards, ranker.outwards)
     (w1, b1), (w2, b2) = ((_array(layer.weight), _array(layer.bias)) for layer in layers)
-    if not (w2.any() or b2.any()):
-        return None
 
     def shift(queries: np.ndarray) -> np.ndarray:
         hidden = queries @ w1.T + b1

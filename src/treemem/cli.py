@@ -159,8 +159,8 @@ def build(
     paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Files, folders or globs to read.")],
     encoder: EncoderName = "minilm",
     hierarchy: Annotated[
-        Path | None, typer.Option(help="Folder of a trained hierarchy to grow the tree with: see treemem train.")
-    ] = None,
+        str, typer.Option(help="Trained weights to grow the tree with: a folder (see treemem train), default or none.")
+    ] = "default",
     fanout: Annotated[int, typer.Option(help="Most children of a node.")] = 32,
     spill: Annotated[int, typer.Option(help="In how many nodes a chunk stands.")] = 2,
     chunk_tokens: Annotated[int, typer.Option(help="Most encoder tokens in a chunk.")] = 126,

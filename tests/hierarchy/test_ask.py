@@ -246,15 +246,19 @@ def test_below_the_threshold_the_memory_does_not_hold_the_answer(small_memory: M
     assert not small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=99), mode="walk").found
 
 
-def test_the_default_threshold_holds_where_it_was_measured(
-    small_memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In mode `deep` with the default encoder: scores of others mean something else."""
+def test_a_threshold_holds_where_it_was_measured(small_memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mode `deep`, with the weights that name it, or untrained with the default encoder: other scores mean else."""
     model = ChosenReplies()
-    monkeypatch.setattr("treemem.hierarchy.ask.DEFAULT_THRESHOLD", 99.0)
+    assert small_memory.hierarchy is not None
+    monkeypatch.setitem(small_memory.hierarchy.card, "threshold", 99.0)
     assert not small_memory.ask(QUESTION, llm=model).found
     assert small_memory.ask(QUESTION, llm=model, mode="hybrid").found
     assert small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=0.0)).found
+    monkeypatch.setattr("treemem.hierarchy.ask.DEFAULT_THRESHOLD", 99.0)
+    monkeypatch.delitem(small_memory.hierarchy.card, "threshold")
+    assert small_memory.ask(QUESTION, llm=model).found
+    monkeypatch.setattr(Memory, "hierarchy", None)
+    assert not small_memory.ask(QUESTION, llm=model).found
     monkeypatch.setitem(small_memory._info.encoder, "name", "another")
     assert small_memory.ask(QUESTION, llm=model).found
     assert not small_memory.ask(QUESTION, llm=model, config=AskConfig(threshold=99)).found

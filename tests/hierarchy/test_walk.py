@@ -160,7 +160,7 @@ def test_bm25_is_its_formula(small_memory: Memory, query: str) -> None:
 def test_the_oracle_is_the_convex_sum_over_every_chunk(small_memory: Memory, query: str) -> None:
     words = bm25(small_memory, query)
     expected = cosines(small_memory, query) + 0.4 * words / words.max()
-    result = small_memory.search(query, 1000, mode="exact+bm25")
+    result = small_memory.search(query, config=config("exact+bm25", k=1000, decoder=False))
     assert sorted(chunks_of(result)) == list(range(small_memory.image.chunks))
     assert result.scored == small_memory.image.chunks
     for hit in result.hits:
@@ -170,7 +170,7 @@ def test_the_oracle_is_the_convex_sum_over_every_chunk(small_memory: Memory, que
 @pytest.mark.parametrize("query", QUESTIONS)
 def test_hybrid_is_the_walk_and_the_best_of_bm25(small_memory: Memory, query: str) -> None:
     embedded = small_memory.searcher.embed([query])[0]
-    few = config("hybrid", k=5, beam=4, bm25_candidates=7, bm25_weight=0.3)
+    few = config("hybrid", k=5, beam=4, bm25_candidates=7, bm25_weight=0.3, decoder=False)
     ranked = small_memory.searcher.rank(embedded, few)
     walked = small_memory.searcher.rank(embedded, config("walk", beam=4))
     best = chunks_of(small_memory.search(query, config=config("bm25", k=7)))
@@ -192,7 +192,8 @@ def test_bm25_gives_as_many_as_are_asked_for(small_memory: Memory, mode: Mode) -
 
 def test_hybrid_equals_its_oracle_where_all_are_candidates(small_memory: Memory) -> None:
     for query in QUESTIONS:
-        both = (small_memory.search(query, 10, mode=mode, beam=4096) for mode in ("hybrid", "exact+bm25"))
+        modes: tuple[Mode, Mode] = ("hybrid", "exact+bm25")
+        both = (small_memory.search(query, config=config(mode, beam=4096, decoder=False)) for mode in modes)
         hybrid, oracle = ([(hit.chunk, hit.score) for hit in result.hits] for result in both)
         assert hybrid == oracle
 
@@ -575,7 +576,7 @@ def _number(memory: Memory, document_id: str) -> int:
 
 
 def test_within_scores_words_by_the_best_that_is_allowed(small_memory: Memory) -> None:
-    result = small_memory.search("zugzwang king", 5, mode="hybrid", within=["chess/1"])
+    result = small_memory.search("zugzwang king", config=config("hybrid", k=5, decoder=False), within=["chess/1"])
     words = bm25(small_memory, "zugzwang king")
     own = list(small_memory.image.chunks_of(_number(small_memory, "chess/1")))
     expected = cosines(small_memory, "zugzwang king") + 0.4 * words / words[own].max()

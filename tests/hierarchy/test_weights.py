@@ -13,11 +13,20 @@ from tests.fakes import FakeEncoder, documents, stored_arrays
 
 from treemem.config import SearchConfig, TreeConfig
 from treemem.errors import InputError, ModelError
+from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.encoder import ContextGate, ContextGateConfig, LevelEncoder, LevelEncoderConfig
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.ranker import Ranker, RankerConfig
-from treemem.hierarchy.weights import CONFIG_FILE, WEIGHTS_FILE, Hierarchy, HierarchyConfig
+from treemem.hierarchy.weights import (
+    CONFIG_FILE,
+    DEFAULT_FOLDER,
+    WEIGHTS_FILE,
+    Hierarchy,
+    HierarchyConfig,
+    load_hierarchy,
+)
 from treemem.storage.levels import contextual, node_vectors, padded
+from treemem.types import Document
 
 CONFIG = TreeConfig(chunk_tokens=12, fanout=6, seed=1)
 
@@ -241,3 +250,32 @@ def test_gradients_reach_every_parameter(part: str) -> None:
 def test_a_hierarchy_needs_two_levels() -> None:
     with pytest.raises(InputError, match="levels = 1"):
         replace(hierarchy().config, levels=1)
+
+
+# ---- the packaged one
+
+
+def test_the_packaged_weights_rank_anew_and_change_nothing_else(small_memory: Memory) -> None:
+    default = load_hierarchy("default")
+    assert default is not None
+    assert sum(file.stat().st_size for file in DEFAULT_FOLDER.iterdir()) < 20e6
+    assert default.context is None
+    assert default.residuals == {}
+    assert default.decoder is not None
+    assert small_memory.hierarchy is not None  # taken unless something else is asked for
+    assert small_memory.hierarchy.weights_bytes() == default.weights_bytes()
+    queries = np.eye(384, dtype=np.float32)[:3]
+    assert default.rank(1, queries) is queries
+    found = [small_memory.search("Why does smoke calm bees?", config=SearchConfig(decoder=d)) for d in (True, False)]
+    assert [hit.score for hit in found[0].hits] != [hit.score for hit in found[1].hits]
+
+
+def test_which_weights_a_memory_is_grown_with(tmp_path: Path, minilm: Encoder) -> None:
+    one = Document("one", "A lamp hangs over the table.")
+    assert Memory.build(one, tmp_path / "a", encoder=minilm, hierarchy="none").hierarchy is None
+    assert Memory.build(one, tmp_path / "b", encoder=minilm, hierarchy=None).hierarchy is None
+    assert Memory.build(one, tmp_path / "c", encoder=FakeEncoder()).hierarchy is None  # the packaged ones do not fit
+    assert Memory.build(one, tmp_path / "d", encoder=minilm).hierarchy is not None
+    with pytest.raises(ModelError, match="trained on encoder 'minilm'"):
+        Memory.build(one, tmp_path / "e", encoder=FakeEncoder(), hierarchy=DEFAULT_FOLDER)
+    assert not (tmp_path / "e").exists()
