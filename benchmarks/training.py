@@ -13,7 +13,10 @@ from common import RESULTS, arguments, save
 from treemem import Memory
 from treemem.evaluation import evaluate, load_set
 from treemem.evaluation.questions import training_questions
+from treemem.hierarchy.build import retrain
+from treemem.hierarchy.weights import load_hierarchy
 from treemem.training import TrainConfig, train_memory
+from treemem.training.run import trainable_levels
 
 # Set, the split that is judged at the end, the one for choosing (None: held-out questions of the train split).
 SETS: tuple[tuple[str, str, str | None], ...] = (
@@ -25,6 +28,8 @@ SETS: tuple[tuple[str, str, str | None], ...] = (
     ("qmsum", "test", "dev"),
 )
 MODES = ("walk", "exact", "hybrid")
+STATES = ("untrained", "packaged", "trained")
+"""As it was before there was any training, with the packaged weights, and trained on from these."""
 
 
 def judged(memory: Memory, folder: Path, split: str, seed: int, deep_queries: int) -> dict[str, Any]:
@@ -40,10 +45,10 @@ def judged(memory: Memory, folder: Path, split: str, seed: int, deep_queries: in
 
 
 def row(name: str, run: dict[str, Any]) -> str:
-    """One line of the table: hit@1 / hit@10 before and after."""
+    """One line of the table: hit@1 / hit@10 in each state."""
     cells = []
     for mode in (*MODES, "deep"):
-        for state in ("before", "after"):
+        for state in STATES:
             figures = run[state].get("deep", {}).get(mode) if mode == "deep" else run[state]["modes"][mode]
             if figures:
                 cells.append(f"{figures['hit@1']:.3f} / {figures['hit@10']:.3f}")
@@ -51,7 +56,7 @@ def row(name: str, run: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Train a copy of each set's memory, and put its figures beside those measured before."""
+    """Train a copy of each set's untrained memory, and put its figures beside those measured before."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--sets", nargs="*", help="only these sets")
     parser.add_argument("--development", action="store_true", help="judge by development splits, for choosing")
@@ -69,16 +74,31 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch) / name
             shutil.copytree(place, copy)
-            before = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
+            untrained = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
+            default = load_hierarchy("default")
+            assert default is not None
+            retrain(Memory.open(copy).store, default, "default weights")
+            packaged = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
             questions, held_out = training_questions(options.data / name)
-            config = TrainConfig(seed=options.seed)
+            memory, config = Memory.open(copy), TrainConfig(seed=options.seed)
             report = train_memory(
-                Memory.open(copy), questions, held_out=held_out, config=config, minutes=options.minutes
+                memory,
+                questions,
+                held_out=held_out,
+                levels=[0, *trainable_levels(memory, config)],
+                config=config,
+                minutes=options.minutes,
             )
-            after = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
+            trained = judged(Memory.open(copy), options.data / name, split, options.seed, options.deep_queries)
         told = report.to_json()
         del told["memory"], told["logs"]
-        runs[name] = {"split": split, "training": told, "before": before, "after": after}
+        runs[name] = {
+            "split": split,
+            "training": told,
+            "untrained": untrained,
+            "packaged": packaged,
+            "trained": trained,
+        }
         save(result, {"runs": runs}, options)
         print(row(name, runs[name]), flush=True)
 
