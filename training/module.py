@@ -38,7 +38,9 @@ class TrainConfig:
     joint_epochs: int = 1
     """Of the pass over all levels together at the end."""
     steps: int = 60
-    """Batches of an epoch."""
+    """Batches of an epoch, fewer where there are few questions: see `passes`."""
+    passes: int = 12
+    """At most so often each question is asked in a stage, on the mean: few questions are soon learned by heart."""
     batch: int = 128
     """Questions of a batch; all of one memory."""
     node_questions: int = 32
@@ -75,7 +77,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tune_encoder not in ("none", "lora", "full"):
             raise InputError(f"tune_encoder = {self.tune_encoder!r}: it must be none, lora or full")
-        for name in ("epochs", "steps", "batch", "node_questions", "negatives", "node_negatives", "beam", "hard"):
+        for name in (
+            "epochs",
+            "steps",
+            "passes",
+            "batch",
+            "node_questions",
+            "negatives",
+            "node_negatives",
+            "beam",
+            "hard",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
 

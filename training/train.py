@@ -137,7 +137,9 @@ class HierarchyTrainer:
         if not any(len(corpus.held_out) for corpus in corpora):
             raise InputError("no held-out questions: give questions about more documents, so that some are kept apart")
         self.corpora = list(corpora)
-        self.config = config
+        questions = sum(len(corpus.train) for corpus in corpora)
+        steps = max(1, min(config.steps, config.passes * questions // (config.batch * config.epochs)))
+        self.config = replace(config, steps=steps)
         self.folder = folder
         self.progress = progress
         self.minutes = minutes
@@ -367,7 +369,10 @@ class HierarchyTrainer:
         torch.manual_seed(config.seed)
         old = hierarchy.decoder
         decoder = Decoder(DecoderConfig(hierarchy.config.encoder.dimension)) if old is None else copy.deepcopy(old)
-        settings = DecoderTraining(steps=config.decoder_steps, bm25_weight=weight, seed=config.seed)
+        settings = DecoderTraining(bm25_weight=weight, seed=config.seed)
+        questions = sum(len(one) for one in train)
+        steps = max(1, min(config.decoder_steps, config.passes * questions // settings.batch))
+        settings = replace(settings, steps=steps)
         try:
             train_decoder(decoder, train, settings, self.progress)
         except InputError:  # every right chunk is found first already, or none at all
