@@ -34,7 +34,7 @@ class TrainConfig:
     """How a hierarchy is trained."""
 
     epochs: int = 8
-    """Of levels 1 and 2; a quarter as many for 2 and 3, and so on. Before each, walks are made as the weights are."""
+    """Of levels 1 and 2; an eighth as many for 2 and 3, and so on. Before each, walks are made as the weights are."""
     joint_epochs: int = 1
     """Of the pass over all levels together at the end."""
     steps: int = 60
@@ -51,7 +51,7 @@ class TrainConfig:
     """Wrong nodes of each level for each question."""
     decoder_steps: int = 300
     """Of the decoder, after all levels; 0: none is trained."""
-    decoder_questions: int = 3000
+    decoder_questions: int = 2000
     """At most so many of each memory's questions train it."""
     token_steps: int = 400
     """Of level 0, where it is asked for."""

@@ -187,6 +187,12 @@ class HierarchyTrainer:
                 final, share = self._with_tokens(final)
                 done["tokens"] = {0: share}
             after = self._measured(final)
+            if _quality(after) <= _quality(before) and 1 in self._levels and not done.get(TUNING, {}).get(1):
+                nodes = self._nodes_alone()
+                found = self._measured(nodes)
+                if _quality(found) > _quality(before):
+                    final, after = nodes, found
+                    done = {name: {k: v if k > 1 else 0.0 for k, v in own.items()} for name, own in done.items()}
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         better = _quality(after) > _quality(before)
         if done.get("tokens", {}).get(0):  # judged by themselves: walk and hybrid know nothing of them
@@ -286,7 +292,8 @@ class HierarchyTrainer:
             _set(self.hierarchy, level, old[level])
         for number, level in enumerate(stage.levels):
             best, best_value = 0.0, -np.inf
-            for strength in sorted(STRENGTHS if level == 1 else STRENGTHS[::2]):
+            finely = level == 1 and stage == self.stages[0]
+            for strength in sorted(STRENGTHS if finely else STRENGTHS[::2]):
                 self.progress(f"judging level {level}", number, len(stage.levels))
                 _set(self.hierarchy, level, interpolated(old[level], new[level], strength))
                 value = self._value(level)
@@ -295,6 +302,13 @@ class HierarchyTrainer:
             _set(self.hierarchy, level, interpolated(old[level], new[level], best) if best else old[level])
             taken[level] = best
         return taken
+
+    def _nodes_alone(self) -> Hierarchy:
+        """What was learned about nodes, with all else as it was: each part may have served questions, and not both."""
+        made = self._start.rounded()
+        for level in self._levels - {1}:
+            _set(made, level, _state(self.hierarchy, level))
+        return made.rounded()
 
     def _value(self, level: int) -> float:
         """How well one level serves the held-out questions, on the mean of the memories."""
@@ -508,7 +522,7 @@ def stages(deepest: int, levels: Sequence[int] | None, config: TrainConfig) -> l
     wanted = list(range(1, deepest + 1)) if levels is None else sorted(set(levels))
     if not wanted or wanted[0] < 1 or wanted[-1] > deepest:
         raise InputError(f"levels = {','.join(map(str, wanted))}: levels 1 to {deepest} can be trained here")
-    out = [Stage(f"{k}-{k + 1}", (k, k + 1), max(1, config.epochs >> 2 * (k - 1))) for k in wanted if k + 1 in wanted]
+    out = [Stage(f"{k}-{k + 1}", (k, k + 1), max(1, config.epochs >> 3 * (k - 1))) for k in wanted if k + 1 in wanted]
     paired = {level for stage in out for level in stage.levels}
     out += [Stage(str(k), (k,), config.epochs) for k in wanted if k not in paired]
     if len(wanted) == deepest > 2 and config.joint_epochs:

@@ -25,6 +25,7 @@ from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
 from treemem.storage.store import Store
 from treemem.training import HierarchyTrainer, LevelPair, Question, TrainConfig, train_memory
 from treemem.training.corpus import Corpus
+from treemem.training.losses import any_right
 from treemem.training.questions import resolve, split_by_document
 from treemem.training.train import interpolated, stages
 
@@ -232,6 +233,35 @@ def test_a_sabotaged_run_is_refused(memory: Memory, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "saved").exists()
 
 
+def test_nodes_are_taken_where_level_1_as_a_whole_does_harm(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right_way = any_right
+
+    def worst_for_chunks(logits: torch.Tensor, right: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
+        if len(logits) == SHORT.batch:
+            return (logits * right).sum() / right.sum().clamp_min(1)  # away from what is right
+        return right_way(logits, right, counts)
+
+    monkeypatch.setattr("treemem.training.module.any_right", worst_for_chunks)
+    monkeypatch.setattr("treemem.training.train.STRENGTHS", (1.0,))  # whatever was learned is taken
+    config = replace(SHORT, joint_epochs=0, decoder_steps=0)
+    before = start()
+    trainer = HierarchyTrainer([corpus(memory, tmp_path / "s")], before, config, tmp_path / "run", levels=[1, 2])
+    run = trainer.fit()
+    alone = trainer._nodes_alone().state_dict()
+    learned, untrained = trainer.hierarchy.rounded().state_dict(), before.rounded().state_dict()
+    for name, tensor in alone.items():
+        of_nodes = name.startswith(("encoders.2.", "rankers.2."))
+        assert torch.equal(tensor, (learned if of_nodes else untrained)[name]), name
+    assert not torch.equal(learned["rankers.1.outwards.weight"], untrained["rankers.1.outwards.weight"])
+    if run.improved:  # and else nothing is taken
+        assert run.adopted["1-2"] == {1: 0.0, 2: 1.0}
+        assert weights(run.hierarchy) == weights(trainer._nodes_alone())
+    else:
+        assert run.after["small"]["walk MRR@10"] < run.before["small"]["walk MRR@10"] + 0.02
+
+
 def test_without_questions_level_1_is_left_alone(memory: Memory) -> None:
     report = train_memory(memory, config=replace(SHORT, epochs=2, steps=10), shape=SHAPE)
     assert set(report.questions) <= {"headings", "distilled"}
@@ -294,7 +324,7 @@ def test_level_0_is_trained_where_it_is_named(memory: Memory) -> None:
 def test_stages() -> None:
     config = TrainConfig(epochs=8, joint_epochs=2)
     assert [(s.name, s.levels, s.epochs) for s in stages(4, None, config)] == [
-        ("1-2", (1, 2), 8), ("2-3", (2, 3), 2), ("3-4", (3, 4), 1), ("all", (1, 2, 3, 4), 2),
+        ("1-2", (1, 2), 8), ("2-3", (2, 3), 1), ("3-4", (3, 4), 1), ("all", (1, 2, 3, 4), 2),
     ]  # fmt: skip
     assert [s.name for s in stages(2, None, config)] == ["1-2"]
     assert [s.name for s in stages(1, None, config)] == ["1"]
