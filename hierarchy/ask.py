@@ -54,8 +54,8 @@ class AskConfig:
     max_tokens: int = 160
     """Longest reply."""
     threshold: float | None = None
-    """Least score of the best hit; below it the memory does not hold the answer. None: `DEFAULT_THRESHOLD` in mode
-    `deep` with the default encoder and an untrained tree, for which it was measured, otherwise none at all."""
+    """Least score of the best hit; below it the memory does not hold the answer. None: in mode `deep` what the card of
+    the memory's hierarchy names, or `DEFAULT_THRESHOLD` with the default encoder and an untrained tree; else none."""
     quotes: int = 2
     """How many sentences an extractive answer quotes."""
 

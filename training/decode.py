@@ -61,10 +61,6 @@ class DecoderSet:
         """Inputs of some questions, float32."""
         return _as(self.inputs, torch.float32, rows)
 
-    def part(self, rows: Tensor) -> DecoderSet:
-        """Some of the questions."""
-        return DecoderSet(self.name, _as(self.inputs, torch.float16, rows), self.right[rows])
-
 
 def _as(inputs: DecoderInputs, kind: torch.dtype, rows: Tensor | slice = slice(None)) -> DecoderInputs:
     chosen = {f.name: getattr(inputs, f.name)[rows] for f in fields(DecoderInputs)}

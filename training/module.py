@@ -77,17 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.tune_encoder not in ("none", "lora", "full"):
             raise InputError(f"tune_encoder = {self.tune_encoder!r}: it must be none, lora or full")
-        for name in (
-            "epochs",
-            "steps",
-            "passes",
-            "batch",
-            "node_questions",
-            "negatives",
-            "node_negatives",
-            "beam",
-            "hard",
-        ):
+        sizes = "tune_batch lora_rank batch node_questions negatives node_negatives beam hard"
+        for name in f"tune_epochs epochs steps passes {sizes}".split():
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
 

@@ -27,7 +27,7 @@ from treemem.hierarchy.adapter import Adapter, AdapterConfig
 from treemem.hierarchy.decoder import Decoder, DecoderConfig
 from treemem.hierarchy.tokens import TokenHead, TokenHeadConfig
 from treemem.hierarchy.weights import Hierarchy
-from treemem.training.corpus import Corpus
+from treemem.training.corpus import Corpus, Met
 from treemem.training.decode import DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
 from treemem.training.fit import reciprocal_rank
 from treemem.training.measure import KEPT, Measured, figures_of, fitted_scale, measure, searched
@@ -137,6 +137,11 @@ class HierarchyTrainer:
         if not any(len(corpus.held_out) for corpus in corpora):
             raise InputError("no held-out questions: give questions about more documents, so that some are kept apart")
         self.corpora = list(corpora)
+        if config.tune_encoder != "none" and levels is not None and not {1, 2} <= set(levels):
+            raise InputError(
+                "fine-tuning encoder 1 trains levels 1 and 2 with it, on questions with known answers: "
+                "give those (--queries), and name both levels or none"
+            )
         questions = sum(len(corpus.train) for corpus in corpora)
         steps = max(1, min(config.steps, config.passes * questions // (config.batch * config.epochs)))
         self.config = replace(config, steps=steps)
@@ -325,40 +330,40 @@ class HierarchyTrainer:
                 values.append(float(found.nodes[level].mean()))
         return float(np.mean(values)) if values else 0.0
 
+    def _met(self, frozen: Hierarchy) -> list[tuple[Corpus, np.ndarray, Met]]:
+        """Of each memory what its held-out questions with words of their own meet."""
+        judges = [(corpus, self._judges(corpus, 1)) for corpus in self.corpora]
+        return [
+            (corpus, rows, corpus.meet(corpus.serve(frozen), corpus.held_out, rows, self.config.beam, KEPT))
+            for corpus, rows in judges
+            if len(rows)
+        ]
+
     def _fit_bm25_weight(self) -> None:
         """Take the weight of BM25 that ranks the held-out questions' right chunks best; a single number."""
         frozen = self.hierarchy.rounded()
-        own = float(self.hierarchy.bm25_weight)
-        values: dict[float, list[float]] = {weight: [] for weight in (own, *BM25_WEIGHTS)}
-        for corpus in self.corpora:
-            rows = self._judges(corpus, 1)
-            if len(rows) == 0:
-                return
-            met = corpus.meet(corpus.serve(frozen), corpus.held_out, rows, self.config.beam, KEPT)
-            for weight, found in values.items():
-                found.append(float(figures_of(corpus, met, rows, frozen, weight).hybrid[:, 2].mean()))
-        best = max(values, key=lambda weight: float(np.mean(values[weight])))
-        self.hierarchy.bm25_weight.fill_(best)
+        met = self._met(frozen)
+
+        def value(weight: float) -> float:
+            figures = [figures_of(corpus, own, rows, frozen, weight) for corpus, rows, own in met]
+            return float(np.mean([found.hybrid[:, 2].mean() for found in figures]))
+
+        if met:
+            self.hierarchy.bm25_weight.fill_(max((float(self.hierarchy.bm25_weight), *BM25_WEIGHTS), key=value))
 
     def _fit_temperatures(self) -> None:
         """Make the probabilities of every trained level's first choices as right as they can be on held-out questions.
 
         After what was learned is scaled down, the learned temperature no longer fits (Guo et al. 2017, section 4.2).
         """
-        frozen = self.hierarchy.rounded()
-        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in sorted(self._levels)}
-        for corpus in self.corpora:
-            rows = self._judges(corpus, 1)
-            if len(rows) == 0:
-                return
-            met = corpus.meet(corpus.serve(frozen), corpus.held_out, rows, self.config.beam, KEPT)
-            for level, found in parts.items():
-                if level > corpus.depth:
-                    continue
-                ids = met.chunks[:, :KEPT] if level == 1 else met.nodes[level - 2]
-                scores = met.cosines[:, :KEPT] if level == 1 else met.node_scores[level - 2]
-                found.append((scores, corpus.is_right(corpus.held_out, level, rows[:, None], ids)))
-        for level, found in parts.items():
+        met = self._met(self.hierarchy.rounded())
+        for level in sorted(self._levels):
+            found = []
+            for corpus, rows, own in met:
+                if level <= corpus.depth:
+                    ids = own.chunks[:, :KEPT] if level == 1 else own.nodes[level - 2]
+                    scores = own.cosines[:, :KEPT] if level == 1 else own.node_scores[level - 2]
+                    found.append((scores, corpus.is_right(corpus.held_out, level, rows[:, None], ids)))
             if found:
                 self.hierarchy.set_scale(level, fitted_scale(found, self.hierarchy.scale(level).item()))
 

@@ -245,7 +245,7 @@ def ask(
         float | None,
         typer.Option(
             help="Least score of the best hit, in the scores of --mode; below it the memory does not hold the answer. "
-            "Default: 1.7 in mode deep with the encoder minilm and an untrained tree, where it was measured; else none."
+            "Default: 1.7 in mode deep with the packaged weights or an untrained tree of the encoder minilm; else none."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -209,6 +209,12 @@ def test_tuning_goes_on_after_a_kill(memory: Memory, tmp_path: Path) -> None:
     np.testing.assert_array_equal(*parts)
 
 
-def test_wrong_settings() -> None:
+def test_wrong_settings(memory: Memory) -> None:
+    config = replace(TUNE, tune_encoder="lora")
+    for given, levels in ((questions(memory), [2, 3]), (None, None)):
+        with pytest.raises(InputError, match="fine-tuning encoder 1 trains levels 1 and 2"):
+            train_memory(memory, given, levels=levels, config=config, shape=SHAPE)
+    with pytest.raises(InputError, match="tune_batch = 0: it must be at least 1"):
+        TrainConfig(tune_batch=0)
     with pytest.raises(InputError, match="tune_encoder = 'some': it must be none, lora or full"):
         TrainConfig(tune_encoder="some")
