@@ -188,16 +188,23 @@ class HierarchyTrainer:
             final, share = self._with_decoder(final) if self._wants_decoder(complete) else (final, None)
             if share is not None:
                 done["decoder"] = {1: share}
-            if self._tokens:
-                final, share = self._with_tokens(final)
-                done["tokens"] = {0: share}
             after = self._measured(final)
-            if _quality(after) <= _quality(before) and 1 in self._levels and not done.get(TUNING, {}).get(1):
+            tuned = bool(done.get(TUNING, {}).get(1))
+            if _quality(after) <= _quality(before) and 1 in self._levels and not tuned:
                 nodes = self._nodes_alone()
                 found = self._measured(nodes)
                 if _quality(found) > _quality(before):
                     final, after = nodes, found
                     done = {name: {k: v if k > 1 else 0.0 for k, v in own.items()} for name, own in done.items()}
+            if self._tokens:
+                # Where the rest is refused, tokens may still serve behind what was there before.
+                refused = _quality(after) < _quality(before) and not tuned
+                behind, share = self._with_tokens(self._start.rounded() if refused else final)
+                if share and refused:
+                    after, done = before, {name: dict.fromkeys(own, 0.0) for name, own in done.items()}
+                if share:
+                    final = behind
+                done["tokens"] = {0: share}
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         better = _quality(after) > _quality(before)
         if done.get("tokens", {}).get(0):  # judged by themselves: walk and hybrid know nothing of them

@@ -303,6 +303,34 @@ def test_what_helps_no_more_leaves_decoder_and_level_0_as_they_were(
     assert all(torch.equal(own[name], old[name]) for name in parts)
 
 
+def test_level_0_is_taken_where_the_levels_are_refused(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quality(measured: object) -> float:
+        """The start is judged first; nothing that is measured later is as good."""
+        return 1.0 if measured is looked[0] else 0.0
+
+    looked: list[object] = []
+    measured = HierarchyTrainer._measured
+
+    def noted(self: HierarchyTrainer, hierarchy: Hierarchy | None) -> object:
+        looked.append(measured(self, hierarchy))
+        return looked[-1]
+
+    monkeypatch.setattr(HierarchyTrainer, "_measured", noted)
+    monkeypatch.setattr("treemem.training.train._quality", quality)
+    monkeypatch.setattr("treemem.training.train._strongest", lambda value: 1.0)
+    before = start()
+    brief = replace(SHORT, epochs=1, steps=2, joint_epochs=0, decoder_steps=2, token_steps=2, token_questions=20)
+    run = HierarchyTrainer([corpus(memory, tmp_path / "s")], before, brief, tmp_path / "run", levels=[0, 1, 2]).fit()
+    assert run.improved
+    assert run.adopted == {"1-2": {1: 0.0, 2: 0.0}, "decoder": {1: 0.0}, "tokens": {0: 1.0}}
+    assert run.after == run.before
+    own, old = run.hierarchy.state_dict(), before.rounded().state_dict()
+    assert {name for name in own if name not in old} == {name for name in own if name.startswith("tokens.")}
+    assert all(torch.equal(own[name], tensor) for name, tensor in old.items())
+
+
 def test_only_some_levels(memory: Memory) -> None:
     brief = replace(SHORT, epochs=1, steps=5)
     report = train_memory(memory, questions(memory), levels=[2], config=brief, shape=SHAPE)
