@@ -6,8 +6,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ import numpy as np
 import torch
 from common import RESULTS, arguments, save
 
-from treemem import Memory
+from treemem import Document, Memory
 from treemem.evaluation import evaluate, load_set
 from treemem.evaluation.questions import training_questions
 from treemem.hierarchy.build import retrain
 from treemem.hierarchy.decoder import PARTS, Decoder, DecoderConfig
+from treemem.hierarchy.readers import ReadReport, read
 from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
 from treemem.training.corpus import Corpus
 from treemem.training.decode import DecoderSet, DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
 from treemem.training.fit import hit_rates, reciprocal_rank
 from treemem.training.questions import resolve, split_by_document
+from treemem.training.sources import headings
 
 TRAINED = ("medquad", "fairytaleqa", "wiki_multi", "scifact", "wikiqa", "qmsum", "pubmedqa")
 NEVER = ("locomo", "cranfield", "npl", "hotpotqa_200", "musique_100", "limit_small")
+PROSE = "prose"
+"""Text without questions: its headings are asked for."""
+PROSE_FILES = (("wiki-valid.jsonl.zst", 1), ("manuals.jsonl.zst", 20))
+"""Of each file every so manieth document."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MOST = 2500
 """Questions of a set that are trained on."""
@@ -36,10 +43,18 @@ JUDGES = 800
 WITHOUT_TITLES = "wikiqa"
 
 
+def prose(folder: Path) -> Iterator[Document]:
+    """A sample of articles and manual pages."""
+    for name, step in PROSE_FILES:
+        yield from islice(read(folder / name, ReadReport()), 0, None, step)
+
+
 def gathered(place: Path, data: Path, scratch: Path, seed: int) -> tuple[DecoderSet, DecoderSet]:
     """Candidates of a set's train split, and of its development split or, without one, of a fifth of the documents."""
+    if place.name == PROSE and not place.exists():
+        Memory.build(prose(data), place, hierarchy="none")
     memory = Memory.open(place)
-    questions, held_out = training_questions(data)
+    questions, held_out = (headings(memory.image), None) if place.name == PROSE else training_questions(data)
     pool = resolve(memory.searcher, questions)
     if held_out:
         train, judges = pool, resolve(memory.searcher, held_out)
@@ -90,7 +105,7 @@ def as_hierarchy(memory: Memory, decoder: Decoder, strength: float, names: Itera
     names = list(names)
     hierarchy.card = {
         "summary": f"A decoder trained on {', '.join(names)}; levels and encoder as they come",
-        "data": dict.fromkeys(names, "split train"),
+        "data": {name: "headings" if name == PROSE else "split train" for name in names},
         "settings": {"strength": strength, "seed": seed},
     }
     return hierarchy.rounded()
@@ -129,7 +144,7 @@ def trained_part(options: Any) -> dict[str, Any]:
     """Train with each set left out, choose a strength by what that gives, and train on all."""
     sets: dict[str, tuple[DecoderSet, DecoderSet]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in TRAINED:
+        for name in (*TRAINED, PROSE):
             file = options.cache and options.cache / f"{name}.pt"
             if file and file.exists():
                 sets[name] = torch.load(file, weights_only=False)
@@ -142,7 +157,7 @@ def trained_part(options: Any) -> dict[str, Any]:
     left_out = {}
     for name in TRAINED:
         begin = time.monotonic()
-        others = [other for other in TRAINED if other != name]
+        others = [other for other in sets if other != name]
         decoder = trained((sets[other][0] for other in others), options)
         left_out[name] = gains(decoder, sets[name][1])
         if options.cache:
@@ -154,7 +169,7 @@ def trained_part(options: Any) -> dict[str, Any]:
     }
     strength = options.strength or max(means, key=means.__getitem__)
     whole = trained((train for train, _ in sets.values()), options)
-    chosen = as_hierarchy(first, whole, strength, TRAINED, options.seed)
+    chosen = as_hierarchy(first, whole, strength, sets, options.seed)
     chosen.card["figures"] = {
         f"{name} (trained without it), {key}": (run["0.0"][key], run[str(strength)][key])
         for name, run in left_out.items()
