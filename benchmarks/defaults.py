@@ -144,7 +144,7 @@ def trained_part(options: Any) -> dict[str, Any]:
     """Train with each set left out, choose a strength by what that gives, and train on all."""
     sets: dict[str, tuple[DecoderSet, DecoderSet]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (*TRAINED, PROSE):
+        for name in (*TRAINED, PROSE) if options.prose else TRAINED:
             file = options.cache and options.cache / f"{name}.pt"
             if file and file.exists():
                 sets[name] = torch.load(file, weights_only=False)
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the default weights")
     parser.add_argument("--deep-queries", type=int, default=200)
     parser.add_argument("--strength", type=float, help="in place of the one that development questions choose")
+    parser.add_argument("--prose", action="store_true", help="train on headings of articles and manuals too")
     parser.add_argument("--cache", type=Path, help="a folder to keep candidates and decoders in; needed for `test`")
     parser.add_argument(
         "--parts", nargs="*", default=["train", "never"], choices=["train", "test", "never"],
@@ -203,7 +204,8 @@ def main() -> None:
     path = RESULTS / "defaults.json"
     runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
     if "train" in options.parts:
-        runs |= trained_part(options)
+        made = trained_part(options)
+        runs |= {"with_headings": made} if options.prose else made
         save("defaults", {"runs": runs}, options)
     for part, names, split in (("test", TRAINED, "test"), ("never", NEVER, None)):
         if part not in options.parts:
