@@ -22,7 +22,22 @@ _GENERAL = 3
 """A heading that stands in at least so many documents says nothing without its document's title."""
 _DISTILLED = 10
 """How many of exact search's best chunks count as right."""
-_WRITE = "Write one short question that the passage answers. Say what it is about by name. Give the question alone."
+_WRITE = "Write a question that this passage answers."
+# Small models write "What is the passage about?" unless they are shown what is wanted.
+_SHOWN = (
+    (
+        "The harbour of Genoa was deepened in 1606, after two grain ships had run aground at its mouth.",
+        "Why was the harbour of Genoa deepened?",
+    ),
+    (
+        "Aspirin keeps platelets from sticking together. Small doses are given to people who have had a heart attack.",
+        "How does aspirin act on platelets?",
+    ),
+    (
+        "Mira took the lamp from the shelf and hid it under the bridge, so that her uncle could not sell it.",
+        "Where did Mira hide the lamp?",
+    ),
+)
 _ROUND_TRIP = 10
 """A written question is kept if its chunk is among so many hits."""
 _BATCH = 64
@@ -87,8 +102,7 @@ def written(
         progress("writing questions", done, len(chunks))
         title = image.reference(int(image.document_of(np.array([chunk]))[0])).title
         passage = f"{title}\n{image.chunk_text(int(chunk))}".strip()
-        prompt = Message("user", f"{passage}\n\n{_WRITE}")
-        text = "".join(model.stream([prompt], 40)).strip().split("\n")[0].strip(' "')
+        text = "".join(model.stream(_asked_for(passage), 40)).strip().split("\n")[0].strip(' "')
         if text.endswith("?") and 3 <= len(text.split()) <= 30:
             drafts.append((int(chunk), text))
     out = []
@@ -100,6 +114,14 @@ def written(
             if chunk in searcher.rank(query, config).chunks[:_ROUND_TRIP]:
                 out.append(_about(image, [chunk], text, "written"))
     return out
+
+
+def _asked_for(passage: str) -> list[Message]:
+    """A prompt for a question, after some that were written."""
+    turns = []
+    for text, question in _SHOWN:
+        turns += [Message("user", f"{text}\n\n{_WRITE}"), Message("assistant", question)]
+    return [*turns, Message("user", f"{passage}\n\n{_WRITE}")]
 
 
 def distilled(searcher: Searcher, texts: list[str], progress: Progress = no_progress) -> list[Question]:

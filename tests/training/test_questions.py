@@ -176,7 +176,7 @@ class Writer:
         return len(text)
 
     def stream(self, messages: list[Message], max_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        self.prompts.append(messages[0].content)
+        self.prompts.append(messages[-1].content)
         return list(self.replies[(len(self.prompts) - 1) % len(self.replies)])
 
 
