@@ -182,7 +182,8 @@ class HierarchyTrainer:
                 complete = self._train(stage) and complete
                 done[stage.name] = self._adopt(stage, old)
                 self._save(done)
-            self._fit_bm25_weight()
+            if 1 in self._levels:
+                self._fit_bm25_weight()
             self._fit_temperatures()
             final = self.hierarchy.rounded()
             final, share = self._with_decoder(final) if self._wants_decoder(complete) else (final, None)

@@ -274,6 +274,19 @@ def test_without_questions_level_1_is_left_alone(memory: Memory) -> None:
     ]
 
 
+def test_without_level_1_its_ranking_stays_as_it_was(memory: Memory, tmp_path: Path) -> None:
+    before = start()
+    before.bm25_weight.fill_(0.0)  # as bad as can be for these questions
+    brief = replace(SHORT, epochs=1, steps=2, joint_epochs=0, decoder_steps=0)
+    weights = {}
+    for levels in ([2], [1, 2]):
+        name = f"{levels}"
+        trainer = HierarchyTrainer([corpus(memory, tmp_path / name)], before, brief, tmp_path / "run", levels=levels)
+        weights[name] = trainer.fit().hierarchy.bm25_weight.item()
+    assert weights["[2]"] == 0
+    assert weights["[1, 2]"] > 0
+
+
 def test_without_questions_and_with_all_nodes_kept_there_is_nothing_to_learn(memory: Memory) -> None:
     with pytest.raises(InputError, match="a walk in this memory keeps all nodes"):
         train_memory(memory, config=replace(SHORT, beam=2000), shape=SHAPE)
