@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 
 from treemem.hierarchy.decoder import CANDIDATES, READ, TERMS, DecoderInputs, decoder_inputs, term_states
 from treemem.hierarchy.embed import TokenStates
@@ -28,7 +28,7 @@ class CandidateReader:
         """Read from an image."""
         self.image = image
         self.kernels = kernels
-        self._titles: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._titles: OrderedDict[int, frozenset[str]] = OrderedDict()
         self._lock = threading.Lock()
 
     def inputs(
@@ -62,8 +62,9 @@ class CandidateReader:
         chunks, cosines, paths = chunks[:CANDIDATES], cosines[:CANDIDATES], paths[:CANDIDATES]
         said = lexical.analyze(text)
         kept = sorted(range(min(TERMS, len(words.words))), key=lambda i: said.index(words.words[i]))
+        own_words = [words.words[i] for i in kept]
         terms, weights = words.terms[kept], words.weights[kept]
-        places = np.array([said.index(words.words[i]) for i in kept])
+        places = np.array([said.index(word) for word in own_words])
         documents = image.document_of(chunks)
         first, last = image.bounds(documents)
         beside = chunks[:, None] + np.array([-2, -1, 1, 2], np.int32)
@@ -76,14 +77,14 @@ class CandidateReader:
             ],
             axis=1,
         )
-        of_title = [self._title(int(document)) for document in documents]
+        of_title = [self._title(document) for document in documents.tolist()]
         rows = image.tree.first_row[chunks]
         blocks = image.tree.levels[-1]
         return decoder_inputs(
             query=vector,
             states=self._states(text, len(said), places, states, spans, len(vector)),
             places=places,
-            counts=np.array([said.count(words.words[i]) for i in kept]),
+            counts=np.array([said.count(word) for word in own_words]),
             idf=lexical.idf(terms),
             weights=weights,
             best_bm25=float(best[0]),
@@ -92,9 +93,9 @@ class CandidateReader:
             bm25=self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks),
             parts=parts[: len(chunks)],
             near=parts[len(chunks) :].reshape(len(chunks), 4, -1).max(1),
-            in_title=np.stack([np.isin(terms, own) for own in of_title]),
+            in_title=np.array([[word in own for word in own_words] for own in of_title]),
             titled=np.array([len(own) > 0 for own in of_title]),
-            words=[self._places(int(chunk), terms) for chunk in chunks[:READ]],
+            words=[self._places(chunk, own_words) for chunk in chunks[:READ].tolist()],
             paths=paths,
             bm25_weight=bm25_weight,
         )
@@ -116,21 +117,17 @@ class CandidateReader:
         stacked = np.concatenate([own.states for own in states]).astype(np.float32)
         return term_states([found[place] for place in places], stacked, tokens)
 
-    def _places(self, chunk: int, terms: Int32[np.ndarray, " t"]) -> np.ndarray:
-        """For each word of a chunk, which of the query's terms it is, -1 for others."""
-        lexical = self.image.lexical
-        numbers = lexical.numbers(lexical.analyze(self.image.chunk_text(chunk)))
-        order = np.argsort(terms, kind="stable")
-        found = np.minimum(np.searchsorted(terms[order], numbers), len(terms) - 1)
-        return np.where(terms[order][found] == numbers, order[found], -1)
+    def _places(self, chunk: int, words: list[str]) -> Int64[np.ndarray, " n"]:
+        """For each word of a chunk, which of the query's it is, -1 for others."""
+        number = {word: i for i, word in enumerate(words)}.get
+        return np.array([number(word, -1) for word in self.image.lexical.analyze(self.image.chunk_text(chunk))], int)
 
-    def _title(self, document: int) -> np.ndarray:
-        """Numbers of the terms of a document's title."""
+    def _title(self, document: int) -> frozenset[str]:
+        """The terms of a document's title."""
         with self._lock:
             known = self._titles.get(document)
         if known is None:
-            lexical = self.image.lexical
-            known = np.unique(lexical.numbers(lexical.analyze(self.image.reference(document).title)))
+            known = frozenset(self.image.lexical.analyze(self.image.reference(document).title))
             with self._lock:
                 self._titles[document] = known
                 while len(self._titles) > _TITLES_KEPT:

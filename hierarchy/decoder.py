@@ -144,9 +144,11 @@ class Decoder(nn.Module):
     def scores(self, inputs: DecoderInputs, bm25_weight: float = 0.4) -> Float32[np.ndarray, "b k"]:
         """Convex sums with what the decoder adds to them, while it is not trained; -inf where there is no candidate."""
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         sums = inputs.cosines + bm25_weight * inputs.bm25 + self(inputs, bm25_weight)
-        self.train(training)
+        if training:
+            self.train()
         return sums.masked_fill(~inputs.has_candidate, -torch.inf).numpy()
 
 
