@@ -30,6 +30,8 @@ from treemem.types import Progress, no_progress
 HELD_OUT_SHARE = 0.12
 HELD_OUT_MOST = 1000
 """Questions that are kept apart to decide, if none are given for it: this share, at most so many, by document."""
+HELD_OUT_LEAST = 30
+"""Fewer cannot tell what helps from what came by chance; of few questions up to half are kept apart."""
 HEADINGS_MOST = 4000
 DISTILLED_MOST = 2000
 WRITTEN_MOST = 200
@@ -131,8 +133,14 @@ def train_memory(
         judges = resolve(memory.searcher, held_out, progress)
         train = pool.take(_apart(pool, judges))
     else:
-        apart, inside = split_by_document(pool, HELD_OUT_SHARE, HELD_OUT_MOST, config.seed)
+        share = max(HELD_OUT_SHARE, min(0.5, HELD_OUT_LEAST / max(1, len(pool))))
+        apart, inside = split_by_document(pool, share, HELD_OUT_MOST, config.seed)
         train, judges = pool.take(apart), pool.take(inside)
+        if len(judges) < HELD_OUT_LEAST:
+            raise InputError(
+                f"of {len(pool)} questions {len(judges)} could be kept apart to decide what helps, and at least "
+                f"{HELD_OUT_LEAST} are needed; give more, about more documents"
+            )
     if len(train) == 0:
         raise InputError("no questions are left to train on beside the held-out ones; give more, about more documents")
     scratch = memory.store.path / "training" / f"served-{rank}"

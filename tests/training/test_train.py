@@ -344,6 +344,14 @@ def test_level_0_is_taken_where_the_levels_are_refused(
     assert all(torch.equal(own[name], tensor) for name, tensor in old.items())
 
 
+def test_of_few_questions_half_decide_and_too_few_are_refused(memory: Memory) -> None:
+    brief = replace(SHORT, epochs=1, steps=1, joint_epochs=0, decoder_steps=0)
+    report = train_memory(memory, questions(memory)[:70], config=brief, shape=SHAPE)
+    assert 30 <= report.held_out <= 40
+    with pytest.raises(InputError, match=r"of 40 questions [12][0-9] could be kept apart .* at least 30 are needed"):
+        train_memory(memory, questions(memory)[:40], config=brief, shape=SHAPE)
+
+
 def test_only_some_levels(memory: Memory) -> None:
     brief = replace(SHORT, epochs=1, steps=5)
     report = train_memory(memory, questions(memory), levels=[2], config=brief, shape=SHAPE)
