@@ -55,6 +55,22 @@ def row(name: str, run: dict[str, Any]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def timed(name: str, options: Any) -> None:
+    """How long a set's memory is trained, level 0 left out, as `treemem train MEMORY --dataset DIR` does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / name
+        shutil.copytree(options.memories / name, copy)
+        default = load_hierarchy("default")
+        assert default is not None
+        retrain(Memory.open(copy).store, default, "default weights")
+        memory = Memory.open(copy)
+        questions, held_out = training_questions(options.data / name)
+        report = train_memory(memory, questions, held_out=held_out, config=TrainConfig(seed=options.seed)).to_json()
+    told = {key: report[key] for key in ("questions", "held_out", "adopted", "before", "after", "seconds")}
+    save("training-time", {"set": name, "chunks": memory.image.chunks, **told}, options)
+    print(f"{name}: {report['seconds']:.0f} s")
+
+
 def main() -> None:
     """Train a copy of each set's untrained memory, and put its figures beside those measured before."""
     parser = arguments(__doc__ or "")
@@ -62,7 +78,10 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="judge by development splits, for choosing")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--deep-queries", type=int, default=400, help="how many questions level 0 is judged by")
+    parser.add_argument("--time", metavar="SET", help="only time the training of this set's memory")
     options = parser.parse_args()
+    if options.time:
+        return timed(options.time, options)
     result = "training-development" if options.development else "training"
     path = RESULTS / f"{result}.json"
     runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
