@@ -62,7 +62,12 @@ def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
             inside.mkdir()
             yield inside
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # After a failure a thread of the storage library may still write into it for a moment.
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.05)
 
 
 def is_work(path: Path) -> bool:

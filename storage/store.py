@@ -167,8 +167,7 @@ class Store:
     def _storage(path: Path) -> icechunk.Storage:
         # At every opening icechunk prints, on standard output, a warning of concurrent commits on a local disk; builds
         # take a lock against them. Whoever set icechunk's own variable hears what they asked for.
-        if "ICECHUNK_LOG" not in os.environ:
-            icechunk.set_logs_filter(_QUIET)
+        icechunk.set_logs_filter(os.environ.get("ICECHUNK_LOG", _QUIET))
         return icechunk.local_filesystem_storage(str(path / "store"))
 
     @staticmethod

@@ -201,8 +201,9 @@ TRAIN = {
 def test_train(run: Run, small_memory_path: Path, tmp_path: Path) -> None:
     own = shutil.copytree(small_memory_path, tmp_path / "own.memory")
     questions = [
-        {"query": f"the {subject}", "document": f"{subject.lower()}/{n}"} for subject in SUBJECTS for n in (0, 1)
-    ]
+        {"query": f"{words} {subject}", "document": f"{subject.lower()}/{n}"}
+        for words in ("the", "about", "what of", "where is", "who saw", "my") for subject in SUBJECTS for n in (0, 1)
+    ]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, questions)))
     done = run("train", own, "--queries", tmp_path / "pairs.jsonl", "--levels", "2", "--minutes", "0.1", "--json")
     assert (done.code, done.err) == (0, "")
