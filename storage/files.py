@@ -61,13 +61,14 @@ def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
             inside = folder / "work"
             inside.mkdir()
             yield inside
-    finally:
-        # After a failure a thread of the storage library may still write into it for a moment.
-        for _ in range(20):
+    except BaseException:
+        # A thread of the storage library may go on for a moment, and makes the folders that it writes into anew.
+        for _ in range(10):
             shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                break
             time.sleep(0.05)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_work(path: Path) -> bool:

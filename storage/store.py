@@ -46,6 +46,8 @@ _DAMAGE = (icechunk.IcechunkError, ValueError, RuntimeError, EOFError)
 """What icechunk, zarr and the codecs raise over data that they cannot read."""
 _METADATA_DAMAGE = (*_DAMAGE, KeyError, TypeError, AttributeError, IndexError)
 """… and while they make sense of metadata."""
+_PANIC = "RustPanic"
+"""icechunk meets a damaged snapshot now and then with a panic, whose class cannot be imported."""
 _QUIET = "warn,icechunk::storage::object_store=error"
 _DIGESTED_ATTRIBUTES = ("format", "config", "encoder")
 
@@ -67,7 +69,7 @@ def guard(path: Path, damage: tuple[type[Exception], ...] = _DAMAGE) -> Iterator
     except TreememError:
         raise
     except Exception as error:
-        if isinstance(error, (OSError, *damage)):
+        if isinstance(error, (OSError, *damage)) or type(error).__name__ == _PANIC:
             raise _explained(path, error) from error
         raise
 

@@ -279,6 +279,7 @@ def test_a_failed_creation_leaves_no_half(tmp_path: Path, monkeypatch: pytest.Mo
         (ValueError("checksum"), DamagedMemory, r"cannot be read \(checksum\)"),
         (zarr.errors.GroupNotFoundError("store", "path"), DamagedMemory, r"cannot be read \(arrays are missing\)"),
         (RuntimeError(), DamagedMemory, "RuntimeError"),
+        (type("RustPanic", (Exception,), {})("rust future panicked"), DamagedMemory, r"\(rust future panicked\)"),
         (DamagedMemory("as it is"), DamagedMemory, "^as it is$"),
     ],
 )
