@@ -34,7 +34,7 @@ NEVER = ("locomo", "cranfield", "npl", "hotpotqa_200", "musique_100", "limit_sma
 PROSE = "prose"
 """Text without questions: its headings are asked for."""
 PROSE_FILES = (("wiki-valid.jsonl.zst", 1), ("manuals.jsonl.zst", 20))
-"""Of each file every so manieth document."""
+"""Files, and n where every n-th of their documents is taken."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MOST = 2500
 """Questions of a set that are trained on."""
