@@ -33,10 +33,12 @@ STATES = ("untrained", "packaged", "trained")
 
 
 def judged(memory: Memory, folder: Path, split: str, seed: int, deep_queries: int) -> dict[str, Any]:
-    """All modes on all questions of a split, and level 0 on some."""
+    """All modes on all questions of a split, those of vectors by cosines alone too, and level 0 on some."""
     questions = load_set(folder, split=split)
     report = evaluate(memory, questions, MODES, seed=seed).to_json()
     out = {key: report[key] for key in ("queries", "modes", "per_level_recall")}
+    if memory.hierarchy is not None:
+        out["cosines"] = evaluate(memory, questions, MODES[:2], decoder=False, seed=seed).to_json()["modes"]
     if deep_queries:
         out["deep"] = evaluate(memory, questions, ("hybrid", "deep"), max_queries=deep_queries, seed=seed).to_json()[
             "modes"
@@ -45,12 +47,16 @@ def judged(memory: Memory, folder: Path, split: str, seed: int, deep_queries: in
 
 
 def row(name: str, run: dict[str, Any]) -> str:
-    """One line of the table: hit@1 / hit@10 in each state."""
+    """One line: hit@1 / hit@10 of walk and exact by cosines, then of the modes as users search, in each state."""
     cells = []
-    for mode in (*MODES, "deep"):
+    for kind, mode in (
+        ("cosines", "walk"),
+        ("cosines", "exact"),
+        *(("modes", mode) for mode in MODES),
+        ("deep", "deep"),
+    ):
         for state in STATES:
-            figures = run[state].get("deep", {}).get(mode) if mode == "deep" else run[state]["modes"][mode]
-            if figures:
+            if figures := run[state].get(kind, {}).get(mode):
                 cells.append(f"{figures['hit@1']:.3f} / {figures['hit@10']:.3f}")
     return f"| {name} | " + " | ".join(cells) + " |"
 

@@ -69,7 +69,7 @@ def main() -> None:
     for beam in (8, 16, 24, 32, 48, 64, 96):
         scored: list[int] = []
 
-        def walk(query: np.ndarray, config: SearchConfig = SearchConfig("walk", 10, beam)) -> np.ndarray:  # noqa: B008
+        def walk(query: np.ndarray, config: SearchConfig = SearchConfig("walk", 10, beam, decoder=False)) -> np.ndarray:  # noqa: B008
             ranked = memory.searcher.rank(EmbeddedQuery("-", query[None], ((0, 1),)), config)
             scored.append(ranked.scored)  # noqa: B023 - used in this turn of the loop alone
             return ranked.chunks[:10]

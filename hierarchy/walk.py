@@ -194,7 +194,8 @@ class Searcher:
     def rank(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> Ranked:
         """Rank chunks without level 0: in mode `deep` this is what `hybrid` gives.
 
-        Returns at least `config.k` chunks where there are as many candidates.
+        Where a decoder was trained, it ranks the best of them anew, in every mode but `bm25`. Returns at least
+        `config.k` chunks where there are as many candidates.
         """
         nothing = Ranked(np.empty(0, np.int32), np.empty(0, np.float32), 0)
         if self.image.chunks == 0 or not query.text.strip():
@@ -205,9 +206,20 @@ class Searcher:
         if len(query.vectors) == 0:
             return nothing
         asked = self.asked(query.vectors)
+        ranked = self._candidates(query, asked, config, scope)
+        decoder = None if self.hierarchy is None or not config.decoder else self.hierarchy.decoder
+        if decoder is None or len(ranked.chunks) == 0:
+            return ranked
+        return self._decoded(query, asked, ranked, config, decoder)
+
+    def _candidates(self, query: EmbeddedQuery, asked: np.ndarray, config: SearchConfig, scope: Scope | None) -> Ranked:
+        """What a mode looks at, ranked by cosines, or by the convex sum of both signals."""
         if config.mode == "exact":
             chunks, scores = self.kernels.exact(
-                self.image.tree, asked[-1][None], config.k, None if scope is None else scope.masks
+                self.image.tree,
+                asked[-1][None],
+                max(config.k, CANDIDATES),
+                None if scope is None else scope.masks,
             )
             found = chunks[0] >= 0
             scored = self.image.chunks if scope is None else len(scope.chunks)
@@ -298,10 +310,7 @@ class Searcher:
         scored: int,
         walked: Walked,
     ) -> Ranked:
-        """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`.
-
-        Where a decoder was trained, it ranks the best of them anew.
-        """
+        """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`."""
         lexical = self.image.lexical
         words = lexical.query(query.text)
         best, best_scores = self._bm25_best(words, max(config.bm25_candidates, config.k), scope)
@@ -314,10 +323,7 @@ class Searcher:
             chunks = np.concatenate([chunks, best[new]])
             bm25 = np.concatenate([bm25, best_scores[new]])
             scored += int(new.sum())
-        ranked = _ranked(chunks, cosines + self.bm25_weight(config) * bm25 / best_scores[0], scored, walked)
-        if self.hierarchy is None or self.hierarchy.decoder is None or config.decoder is False:
-            return ranked
-        return self._decoded(query, asked, ranked, config, self.hierarchy.decoder)
+        return _ranked(chunks, cosines + self.bm25_weight(config) * bm25 / best_scores[0], scored, walked)
 
     # ---- the decoder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from treemem.config import SearchConfig
+from treemem.config import Mode, SearchConfig
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
 from treemem.training.corpus import Corpus, Met, Served
 from treemem.training.losses import calibration_error
@@ -58,22 +58,25 @@ def measure(
     return figures_of(corpus, met, rows, served.searcher.hierarchy)
 
 
-def searched(corpus: Corpus, served: Served, rows: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, "questions 3"]:
-    """What a hybrid search as users make it, with the decoder where there is one, gives for held-out questions.
+def searched(
+    corpus: Corpus, served: Served, rows: Int64[np.ndarray, " rows"], modes: Sequence[Mode]
+) -> list[Float64[np.ndarray, "questions 3"]]:
+    """What searches as users make them, with the decoder where there is one, give for held-out questions.
 
     Returns:
-        As `Measured.hybrid`.
+        Of each mode as `Measured.walk`.
     """
-    pool, config = corpus.held_out, SearchConfig()
-    out = np.zeros((len(rows), 3))
+    pool, configs = corpus.held_out, [SearchConfig(mode) for mode in modes]
+    out = [np.zeros((len(rows), 3)) for _ in modes]
     for start in range(0, len(rows), EMBED_BATCH):
         part = rows[start : start + EMBED_BATCH]
         queries = corpus.searcher.embed([pool.texts[row] for row in part], fast=True)
         for i, (row, query) in enumerate(zip(part, queries, strict=True), start):
-            found = served.searcher.rank(query, config).chunks[: config.k]
-            right = corpus.is_right(pool, 1, np.array(row), found)
-            if right.any():
-                out[i] = right[0], 1, 1 / (1 + right.argmax())
+            for config, figures in zip(configs, out, strict=True):
+                found = served.searcher.rank(query, config).chunks[: config.k]
+                right = corpus.is_right(pool, 1, np.array(row), found)
+                if right.any():
+                    figures[i] = right[0], 1, 1 / (1 + right.argmax())
     return out
 
 

@@ -130,7 +130,7 @@ def distilled(searcher: Searcher, texts: list[str], progress: Progress = no_prog
     They say nothing about level 1, whose own ranking they repeat.
     """
     out = []
-    config = SearchConfig(mode="exact", k=_DISTILLED)
+    config = SearchConfig(mode="exact", k=_DISTILLED, decoder=False)
     for start in range(0, len(texts), _BATCH):
         progress("searching exactly", start, len(texts))
         part = [text for text in texts[start : start + _BATCH] if text.strip()]

@@ -453,7 +453,7 @@ class HierarchyTrainer:
         return hierarchy.with_tokens(head.strengthened(best).unfolded(basis).eval()).rounded(), best
 
     def _measured(self, hierarchy: Hierarchy | None) -> dict[str, Measured]:
-        """Of each memory what its held-out questions find; hybrid as users search."""
+        """Of each memory what its held-out questions find, as users search."""
         out = {}
         for corpus in self.corpora:
             rows = self._judges(corpus, 2)
@@ -461,7 +461,8 @@ class HierarchyTrainer:
                 self.progress(f"measuring {corpus.name}", 0, None)
                 served = corpus.serve(hierarchy)
                 found = measure(corpus, served, rows, beam=self.config.beam)
-                out[corpus.name] = replace(found, hybrid=searched(corpus, served, rows))
+                walk, hybrid = searched(corpus, served, rows, ("walk", "hybrid"))
+                out[corpus.name] = replace(found, walk=walk, hybrid=hybrid)
         return out
 
     @staticmethod

@@ -45,6 +45,7 @@ ModeOption = Annotated[
     str, typer.Option("--mode", help="hybrid, deep, walk, exact, bm25 or exact+bm25: see the documentation.")
 ]
 Beam = Annotated[int, typer.Option(help="Nodes that a walk keeps per level.")]
+WithDecoder = Annotated[bool, typer.Option("--decoder/--no-decoder", help="Let a trained decoder rank the best anew.")]
 Within = Annotated[list[str] | None, typer.Option("--within", metavar="ID", help="Search in this document only.")]
 Llm = Annotated[
     str, typer.Option(help="Language model: smollm2, none, a folder, a transformers id, or a name at --llm-url.")
@@ -213,6 +214,7 @@ def search(
     k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
     mode: ModeOption = "hybrid",
     beam: Beam = 32,
+    decoder: WithDecoder = True,
     within: Within = None,
     as_json: AsJson = False,
 ) -> None:
@@ -220,7 +222,7 @@ def search(
     from treemem import Memory
     from treemem.config import SearchConfig
 
-    config = SearchConfig(mode=mode, k=k, beam=beam)  # type: ignore[arg-type]
+    config = SearchConfig(mode=mode, k=k, beam=beam, decoder=decoder)  # type: ignore[arg-type]
     query = _read_query(query)
     with _progress(as_json) as progress:
         opened = Memory.open(memory, progress=progress)
@@ -300,6 +302,7 @@ def evaluate(
         bool, typer.Option("--within-document", help="Search inside the document that a query is about.")
     ] = False,
     beam: Beam = 32,
+    decoder: WithDecoder = True,
     encoder: EncoderName = "minilm",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
     as_json: AsJson = False,
@@ -319,6 +322,7 @@ def evaluate(
             llm_url=llm_url,
             within_document=within_document,
             beam=beam,
+            decoder=decoder,
             encoder=encoder,
             seed=seed,
             progress=progress,

@@ -68,7 +68,8 @@ class SearchConfig:
     """How a memory is searched."""
 
     mode: Mode = "hybrid"
-    """`hybrid`: the walk's chunks and BM25's best; `deep`: hybrid, then token states; `walk`, `exact`: vectors."""
+    """What is looked at. `walk`: the chunks at the end of the walk; `exact`: all; `hybrid`, `exact+bm25`: BM25's best
+    beside these; `deep`: hybrid, then token states; `bm25`: no vectors."""
     k: int = 10
     """How many hits to return, of the candidates: all chunks for `exact` and `exact+bm25`, all with a word of the query
     for `bm25`, those that the walk scored for `walk`, these and the best `bm25_candidates` for `hybrid` and `deep`."""
@@ -81,7 +82,8 @@ class SearchConfig:
     bm25_candidates: int = 256
     """How many of BM25's best chunks are candidates."""
     decoder: bool = True
-    """Whether a trained decoder ranks the best 64 candidates of both signals anew, where the memory has one."""
+    """Whether a trained decoder ranks the best 64 candidates anew, by both signals, where the memory has one. Without
+    it `walk` and `exact` rank by cosines alone."""
     token_weight: float | None = None
     """mu: what the late interaction is worth beside the sum of the other two; None: what was learned, 2 untrained."""
     deep_candidates: int = 16

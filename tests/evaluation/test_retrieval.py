@@ -55,8 +55,8 @@ def memory(countries: EvalSet, minilm: Encoder, tmp_path_factory: pytest.TempPat
     return Memory.build(countries.read_documents(), path, encoder=minilm, config=config)
 
 
-def hits(memory: Memory, eval_set: EvalSet, mode: str, k: int) -> list[list[Hit]]:
-    config = SearchConfig(mode=mode, k=k)  # type: ignore[arg-type]
+def hits(memory: Memory, eval_set: EvalSet, mode: str, k: int, *, decoder: bool = True) -> list[list[Hit]]:
+    config = SearchConfig(mode=mode, k=k, decoder=decoder)  # type: ignore[arg-type]
     return [list(found.hits) for found in memory.search_many([query.text for query in eval_set.queries], config)]
 
 
@@ -135,7 +135,7 @@ def test_recall_per_level(memory: Memory, few: EvalSet) -> None:
     first: dict[int, list[bool]] = {}
     shares: dict[int, list[float]] = {}
     walks = memory.search_many([query.text for query in few.queries], SearchConfig(mode="walk", k=90, beam=beam))
-    for exact, walked in zip(hits(memory, few, "exact", 10), walks, strict=True):
+    for exact, walked in zip(hits(memory, few, "exact", 10, decoder=False), walks, strict=True):
         best = [hit.chunk for hit in exact]
         held = {1: {hit.chunk for hit in walked.hits}}
         for gathered in walked.gathered[:-1]:
@@ -304,7 +304,7 @@ def test_answers_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_graded_document_figures_on_a_real_set(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LIMIT-small: two documents right per query, none told by spans; words find what single vectors cannot."""
     monkeypatch.setenv("TREEMEM_CACHE", str(tmp_path))
-    report = run(data_dir / "limit_small", modes=["bm25", "exact"], max_queries=100)
+    report = run(data_dir / "limit_small", modes=["bm25", "exact"], decoder=False, max_queries=100)
     assert (report.documents, report.queries) == (46, 100)
     assert report.judged_by == {"documents": 100}
     bm25, exact = report.modes["bm25"], report.modes["exact"]

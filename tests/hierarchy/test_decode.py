@@ -47,7 +47,7 @@ def memory(path: Path, shaken: float) -> Memory:
 
 
 def ranked(opened: Memory, query: str, mode: str = "hybrid", *, decoder: bool = True) -> list[tuple[int, float]]:
-    found = opened.search(query, config=SearchConfig(mode=mode, k=100, decoder=decoder))  # type: ignore[arg-type]
+    found = opened.search(query, config=SearchConfig(mode=mode, k=1000, decoder=decoder))  # type: ignore[arg-type]
     return [(hit.chunk, hit.score) for hit in found.hits]
 
 
@@ -72,8 +72,21 @@ def test_a_trained_decoder_ranks_the_first_anew(tmp_path: Path) -> None:
         assert all(a >= b for (_, a), (_, b) in pairwise(after[:CANDIDATES]))
     assert ranked(opened, QUERIES[3])  # no word that the memory has: the cosines' order
     assert ranked(opened, "") == []
-    for mode in ("walk", "exact", "bm25"):  # one signal: nothing to weigh
-        assert ranked(opened, QUERIES[0], mode) == ranked(opened, QUERIES[0], mode, decoder=False)
+    assert ranked(opened, QUERIES[0], "bm25") == ranked(opened, QUERIES[0], "bm25", decoder=False)
+
+
+@pytest.mark.parametrize("mode", ["walk", "exact"])
+def test_the_decoder_brings_both_signals_to_the_candidates_of_vectors(tmp_path: Path, mode: str) -> None:
+    opened = memory(tmp_path / "m", 0.0)
+    cosines, sums = dict(ranked(opened, QUERIES[0], mode, decoder=False)), dict(ranked(opened, QUERIES[0]))
+    decoded = ranked(opened, QUERIES[0], mode)
+    assert {chunk for chunk, _ in decoded} == set(cosines)
+    for place, (chunk, score) in enumerate(decoded):  # an untrained decoder: the convex sum
+        assert score == pytest.approx(sums[chunk] if place < CANDIDATES else cosines[chunk], abs=1e-5)
+    assert [score for _, score in decoded[:10]] != sorted(cosines.values(), reverse=True)[:10]
+    shaken = memory(tmp_path / "shaken", 0.3)
+    after, before = ranked(shaken, QUERIES[0], mode), ranked(shaken, QUERIES[0], mode, decoder=False)
+    assert [chunk for chunk, _ in after] != [chunk for chunk, _ in before]
 
 
 def test_what_the_decoder_is_told(tmp_path: Path) -> None:

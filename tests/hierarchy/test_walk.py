@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_the_small_memory_has_several_levels(small_memory: Memory) -> None:
 @pytest.mark.parametrize("query", QUESTIONS)
 def test_exact_is_the_order_of_the_cosines(small_memory: Memory, query: str) -> None:
     expected = cosines(small_memory, query)
-    result = small_memory.search(query, 20, mode="exact")
+    result = small_memory.search(query, config=config("exact", k=20, decoder=False))
     assert result.scored == small_memory.image.chunks
     for rank, hit in enumerate(result.hits):
         assert hit.score == pytest.approx(expected[hit.chunk], abs=STEP)
@@ -128,12 +129,12 @@ def test_exact_is_the_order_of_the_cosines(small_memory: Memory, query: str) -> 
 
 @pytest.mark.parametrize("query", QUESTIONS)
 def test_a_walk_scores_as_exact_search_does(small_memory: Memory, query: str) -> None:
-    exact = small_memory.search(query, 1000, mode="exact")
+    exact = small_memory.search(query, config=config("exact", k=1000, decoder=False))
     scores = {hit.chunk: hit.score for hit in exact.hits}
-    walked = small_memory.search(query, 10, mode="walk", beam=8)
+    walked = small_memory.search(query, config=config("walk", beam=8, decoder=False))
     assert all(hit.score == scores[hit.chunk] for hit in walked.hits)
     assert walked.scored < sum(small_memory.info().levels)
-    everything = small_memory.search(query, 1000, mode="walk", beam=4096)
+    everything = small_memory.search(query, config=config("walk", k=1000, beam=4096, decoder=False))
     assert everything.hits[0].chunk == exact.hits[0].chunk
     assert [(hit.chunk, hit.score) for hit in everything.hits] == [(hit.chunk, hit.score) for hit in exact.hits]
 
@@ -364,9 +365,10 @@ def test_chunks_beside_the_best_are_scored(small_memory: Memory, mode: Mode) -> 
     image = small_memory.image
     gained = 0
     for query in QUESTIONS:
-        without = small_memory.searcher.search([query], config(mode, k=1000, beam=2, beside=0))[0]
-        result = small_memory.searcher.search([query], config(mode, k=1000, beam=2, beside=1))[0]
-        walked = small_memory.searcher.search([query], config("walk", k=2, beam=2, beside=0))[0]
+        few = config(mode, k=1000, beam=2, beside=0, decoder=False)
+        without = small_memory.searcher.search([query], few)[0]
+        result = small_memory.searcher.search([query], replace(few, beside=1))[0]
+        walked = small_memory.searcher.search([query], replace(few, mode="walk", k=2))[0]
         near = {
             c + step for c in chunks_of(walked) for step in (-1, 1) if c + step in image.chunks_of(number(image, c))
         }
@@ -556,7 +558,6 @@ def test_a_searcher_without_an_encoder_knows_only_bm25(small_memory: Memory) -> 
 @pytest.mark.parametrize("mode", MODES)
 def test_within_documents(small_memory: Memory, mode: Mode) -> None:
     wanted = ["chess/1", "gardens/3"]
-    every = {hit.chunk: hit.score for hit in small_memory.search("the king", 1000, mode="exact").hits}
     result = small_memory.search("the king of roses", 1000, mode=mode, within=wanted)
     assert result.hits
     assert {hit.document.id for hit in result.hits} <= set(wanted)
@@ -565,8 +566,11 @@ def test_within_documents(small_memory: Memory, mode: Mode) -> None:
         assert set(chunks_of(result)) == expected
     if mode == "exact":
         assert result.scored == len(result.hits)
-        same = small_memory.search("the king", 1000, mode="exact", within=wanted)
-        assert {hit.chunk: hit.score for hit in same.hits}.items() <= every.items()
+        exact = config("exact", k=1000, decoder=False)
+        every, same = (small_memory.search("the king", config=exact, within=within) for within in (None, wanted))
+        assert {hit.chunk: hit.score for hit in same.hits}.items() <= {
+            hit.chunk: hit.score for hit in every.hits
+        }.items()
 
 
 def _number(memory: Memory, document_id: str) -> int:

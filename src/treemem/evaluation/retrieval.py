@@ -69,6 +69,7 @@ def evaluate(
     modes: Sequence[str] = DEFAULT_MODES,
     *,
     beam: int = 32,
+    decoder: bool = True,
     within_document: bool = False,
     max_queries: int | None = None,
     seed: int = 0,
@@ -87,6 +88,7 @@ def evaluate(
         eval_set: the queries and what is right for them.
         modes: modes of search, and `rrf`.
         beam: how many nodes a walk keeps per level.
+        decoder: whether a trained decoder ranks the best candidates anew, where the memory has one.
         within_document: search each query only in its relevant documents; queries that are judged by documents are
             left out then, since every chunk would be right, and so are figures over documents.
         max_queries: at most so many, drawn at random.
@@ -96,7 +98,7 @@ def evaluate(
     Raises InputError for an unknown mode, settings out of range, or a memory that does not hold the set's documents.
     """
     modes = checked_modes(modes)
-    config = SearchConfig(k=HITS, beam=beam)
+    config = SearchConfig(k=HITS, beam=beam, decoder=decoder)
     queries = [query for query in eval_set.queries if not (within_document and query.judged_by == "documents")]
     left_out = {"without_qrels": eval_set.without_qrels, "nothing_to_find": len(eval_set.queries) - len(queries)}
     if not queries:
@@ -231,7 +233,6 @@ class _Trial:
         self.queries = queries
         self.config = config
         self.inside = inside
-        self.exact_tops: list[Int32[np.ndarray, " _"]] = []
         # A few, because each is as long as there are chunks, and neighbouring queries tend to be about one document.
         self._cached_scope = lru_cache(64)(searcher.scope)
 
@@ -245,15 +246,11 @@ class _Trial:
         # The first search of a kind compiles kernels. Deep's first query must not find its chunks in the cache.
         self._search("hybrid" if mode == "deep" else mode, self.queries[0])
         rows = []
-        tops = []
         for done, query in enumerate(self.queries):
             if done % 16 == 0:
                 progress(stage, done, len(self.queries))
             top, scored, ms = self._search(mode, query)
-            tops.append(top)
             rows.append(self._found(mode, query, top, scored, ms))
-        if mode == "exact":
-            self.exact_tops = tops
         progress(stage, len(self.queries), len(self.queries))
         return np.array(rows, np.float64)
 
@@ -269,7 +266,7 @@ class _Trial:
 
     def _fused(self, query: _Judged, scope: Scope | None) -> Int32[np.ndarray, " _"]:
         k = self.config.bm25_candidates
-        dense = self.searcher.rank(query.query, replace(self.config, mode="exact", k=k), scope)
+        dense = self.searcher.rank(query.query, replace(self.config, mode="exact", k=k, decoder=False), scope)
         lexical = self.searcher.rank(query.query, replace(self.config, mode="bm25", k=k), scope)
         return rank_fusion([dense.chunks, lexical.chunks])[0]
 
@@ -316,21 +313,19 @@ class _Trial:
     # ---- the walk, level by level
 
     def levels(self, progress: Progress) -> tuple[LevelRecall, ...]:
-        """Of every level, top first: how much of exact search's best chunks the walk still holds there."""
+        """Of every level, top first: how much of exact search's best chunks by cosines the walk still holds there."""
         tree = self.image.tree
         ancestors = Ancestors(tree)
+        cosines = replace(self.config, decoder=False)
         rows: list[list[tuple[float, float, float]]] = []
         for done, query in enumerate(self.queries):
             if done % 16 == 0:
                 progress("walk against exact", done, len(self.queries))
             scope = self.scope(query)
-            if self.exact_tops:
-                best = self.exact_tops[done]
-            else:
-                best = self.searcher.rank(query.query, replace(self.config, mode="exact"), scope).chunks[:HITS]
+            best = self.searcher.rank(query.query, replace(cosines, mode="exact"), scope).chunks[:HITS]
             if len(best) == 0:  # an empty query
                 continue
-            ranked = self.searcher.rank(query.query, replace(self.config, mode="walk"), scope)
+            ranked = self.searcher.rank(query.query, replace(cosines, mode="walk"), scope)
             kept = [*ranked.walked.nodes[:, 0], ranked.chunks]
             rows.append(ancestors.held(best, [elements[elements >= 0] for elements in kept]))
         progress("walk against exact", len(self.queries), len(self.queries))

@@ -34,6 +34,7 @@ def run(
     llm_url: str | None = None,
     within_document: bool = False,
     beam: int = 32,
+    decoder: bool = True,
     encoder: str = DEFAULT_ENCODER,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -52,6 +53,7 @@ def run(
         llm_url: an OpenAI-compatible endpoint that serves it.
         within_document: search and ask inside each query's relevant documents.
         beam: how many nodes a walk keeps per level.
+        decoder: whether a trained decoder ranks the best candidates anew, where the memory has one.
         encoder: encoder 1 of a memory that is built here.
         seed: of the drawing.
         progress: told how far it has come.
@@ -74,6 +76,7 @@ def run(
         eval_set,
         modes,
         beam=beam,
+        decoder=decoder,
         within_document=within_document,
         max_queries=max_queries,
         seed=seed,
