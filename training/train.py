@@ -83,6 +83,15 @@ class Outcome:
     """False where the time ran out."""
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """Weights, how much of what was learned they hold, and what held-out questions find with them."""
+
+    hierarchy: Hierarchy
+    adopted: dict[str, dict[int, float]]
+    figures: dict[str, Measured]
+
+
 def interpolated(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], strength: float) -> dict[str, Any]:
     """Weights between two states: with the outermost layers scaled, since what they give is added to what was before.
 
@@ -166,59 +175,71 @@ class HierarchyTrainer:
     def fit(self) -> Outcome:
         """Train, and judge."""
         with _quiet():
-            done = self._resume()
+            adopted = self._resume()
             before = self._measured(None if self._untrained(self._start) else self._start.rounded())
-            complete = True
-            if done.get(TUNING, {}).get(1):
-                self._encode()
-            if self.config.tune_encoder != "none" and TUNING not in done:
-                taken, complete = self._tune()
-                done[TUNING] = {1: taken}
-                self._save(done)
-            for stage in self.stages:
-                if stage.name in done:
-                    continue
-                old = {level: _state(self.hierarchy, level) for level in stage.levels}
-                complete = self._train(stage) and complete
-                done[stage.name] = self._adopt(stage, old)
-                self._save(done)
+            complete = self._train_stages(adopted)
             if 1 in self._levels:
                 self._fit_bm25_weight()
             self._fit_temperatures()
-            final = self.hierarchy.rounded()
-            final, share = self._with_decoder(final) if self._wants_decoder(complete) else (final, None)
-            if share is not None:
-                done["decoder"] = {1: share}
-            after = self._measured(final)
-            tuned = bool(done.get(TUNING, {}).get(1))
-            if _quality(after) <= _quality(before) and 1 in self._levels and not tuned:
-                nodes = self._nodes_alone()
-                found = self._measured(nodes)
-                if _quality(found) > _quality(before):
-                    final, after = nodes, found
-                    done = {name: {k: v if k > 1 else 0.0 for k, v in own.items()} for name, own in done.items()}
+            hierarchy = self.hierarchy.rounded()
+            if self._wants_decoder(complete):
+                hierarchy, share = self._with_decoder(hierarchy)
+                adopted["decoder"] = {1: share}
+            learned = self._best_whole(_Learned(hierarchy, adopted, self._measured(hierarchy)), before)
             if self._tokens:
-                # Where the rest is refused, tokens may still serve behind what was there before.
-                refused = _quality(after) < _quality(before) and not tuned
-                behind, share = self._with_tokens(self._start.rounded() if refused else final)
-                if share and refused:
-                    after, done = before, {name: dict.fromkeys(own, 0.0) for name, own in done.items()}
-                if share:
-                    final = behind
-                done["tokens"] = {0: share}
+                learned = self._with_level_0(learned, before)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        better = _quality(after) > _quality(before)
-        if done.get("tokens", {}).get(0):  # judged by themselves: walk and hybrid know nothing of them
-            better = _quality(after) >= _quality(before)
+        gain = _quality(learned.figures) - _quality(before)
         return Outcome(
-            final,
-            done,
+            learned.hierarchy,
+            learned.adopted,
             {name: measured.figures() for name, measured in before.items()},
-            {name: measured.figures() for name, measured in after.items()},
-            better,
+            {name: measured.figures() for name, measured in learned.figures.items()},
+            # Level 0 is judged by itself: walk and hybrid know nothing of it.
+            gain >= 0 if learned.adopted.get("tokens", {}).get(0) else gain > 0,
             time.monotonic() - self._begin,
             complete,
         )
+
+    def _train_stages(self, done: dict[str, dict[int, float]]) -> bool:
+        """Train what is not done yet and adopt of it what serves, noted in `done`; False where the time ran out."""
+        complete = True
+        if done.get(TUNING, {}).get(1):
+            self._encode()
+        if self.config.tune_encoder != "none" and TUNING not in done:
+            taken, complete = self._tune()
+            done[TUNING] = {1: taken}
+            self._save(done)
+        for stage in self.stages:
+            if stage.name in done:
+                continue
+            old = {level: _state(self.hierarchy, level) for level in stage.levels}
+            complete = self._train(stage) and complete
+            done[stage.name] = self._adopt(stage, old)
+            self._save(done)
+        return complete
+
+    def _best_whole(self, learned: _Learned, before: Mapping[str, Measured]) -> _Learned:
+        """What was learned, or, where that as a whole is no better than before, what was learned about nodes alone."""
+        tuned = learned.adopted.get(TUNING, {}).get(1)
+        if _quality(learned.figures) > _quality(before) or 1 not in self._levels or tuned:
+            return learned
+        nodes = self._nodes_alone()
+        figures = self._measured(nodes)
+        if _quality(figures) <= _quality(before):
+            return learned
+        adopted = {name: {k: v if k > 1 else 0.0 for k, v in own.items()} for name, own in learned.adopted.items()}
+        return _Learned(nodes, adopted, figures)
+
+    def _with_level_0(self, learned: _Learned, before: dict[str, Measured]) -> _Learned:
+        """Train the tokens behind what was learned, or, where that is refused, behind what was there before."""
+        refused = _quality(learned.figures) < _quality(before) and not learned.adopted.get(TUNING, {}).get(1)
+        hierarchy, share = self._with_tokens(self._start.rounded() if refused else learned.hierarchy)
+        if share and refused:
+            nothing = {name: dict.fromkeys(own, 0.0) for name, own in learned.adopted.items()}
+            return _Learned(hierarchy, {**nothing, "tokens": {0: share}}, before)
+        adopted = {**learned.adopted, "tokens": {0: share}}
+        return replace(learned, hierarchy=hierarchy if share else learned.hierarchy, adopted=adopted)
 
     def _tune(self) -> tuple[float, bool]:
         """Fine-tune encoder 1 with levels 1 and 2; all three are taken as they were learned, or none (1 or 0).
