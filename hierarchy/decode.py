@@ -41,6 +41,7 @@ class CandidateReader:
         cosines: Float32[np.ndarray, " k"],
         paths: Float[np.ndarray, "k 2"],
         bm25_weight: float,
+        best: float | None = None,
     ) -> DecoderInputs | None:
         """Inputs for one query, None where no chunk holds a term of it.
 
@@ -53,12 +54,15 @@ class CandidateReader:
             cosines: theirs.
             paths: scores of their nodes of levels 2 and 3.
             bm25_weight: lambda of the convex sum.
+            best: the largest BM25 that the search met; looked up where it is not known.
         """
         image, lexical = self.image, self.image.lexical
         words = lexical.query(text)
-        best = lexical.best(words, 1)[1]
-        if len(best) == 0:
-            return None
+        if best is None:
+            found = lexical.best(words, 1)[1]
+            if len(found) == 0:
+                return None
+            best = float(found[0])
         chunks, cosines, paths = chunks[:CANDIDATES], cosines[:CANDIDATES], paths[:CANDIDATES]
         said = lexical.analyze(text)
         kept = sorted(range(min(TERMS, len(words.words))), key=lambda i: said.index(words.words[i]))
@@ -87,7 +91,7 @@ class CandidateReader:
             counts=np.array([said.count(word) for word in own_words]),
             idf=lexical.idf(terms),
             weights=weights,
-            best_bm25=float(best[0]),
+            best_bm25=best,
             vectors=blocks.rows[rows].astype(np.float32) * blocks.scales[rows, None],
             cosines=cosines,
             bm25=self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks),

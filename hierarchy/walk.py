@@ -20,7 +20,7 @@ from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
 from treemem.hierarchy.tokens import TOKEN_WEIGHT, TokenScorer, token_idf
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
-from treemem.kernels import Walked, back_end
+from treemem.kernels import Found, Words, back_end
 from treemem.kernels.reference import quantise_queries
 from treemem.storage.image import Image
 from treemem.storage.levels import unit
@@ -31,12 +31,17 @@ CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""
 TITLE_TOKENS = 32
 """How much of its document's title a chunk's tokens are read with, where the encoder has room for it."""
-_NO_WALK = Walked(
+NODE_WORDS = 2.5
+"""So many times as much as at a chunk is the best sum of words worth at a node, where nodes' words are looked at."""
+_NO_WALK = Found(
     np.empty((0, 1, 0), np.int32),
     np.empty((0, 1, 0), np.float32),
     np.empty((1, 0), np.int32),
     np.empty((1, 0), np.float32),
+    np.empty((1, 0), np.float32),
+    np.empty((1, 0), np.float32),
     np.empty((1, 0), np.int32),
+    np.zeros(1, np.float32),
     np.zeros(1, np.int64),
 )
 
@@ -73,10 +78,10 @@ class Ranked:
     scores: Float32[np.ndarray, " n"]
     scored: int
     """How many vectors were scored for it."""
-    walked: Walked = _NO_WALK
+    walked: Found = _NO_WALK
 
 
-def _ranked(chunks: np.ndarray, scores: np.ndarray, scored: int, walked: Walked = _NO_WALK) -> Ranked:
+def _ranked(chunks: np.ndarray, scores: np.ndarray, scored: int, walked: Found = _NO_WALK) -> Ranked:
     order = np.argsort(-scores, kind="stable")
     if (np.diff(scores[order]) == 0).any():  # equal scores: the smaller chunk first
         order = np.lexsort((chunks, -scores))
@@ -227,22 +232,50 @@ class Searcher:
         if config.mode == "exact+bm25":
             chunks = np.arange(self.image.chunks, dtype=np.int32) if scope is None else scope.chunks
             return self._both(query, asked, chunks, self._cosines(asked, chunks), config, scope, len(chunks), _NO_WALK)
-        walked = self.kernels.walk(self.image.tree, asked[:, None], config.beam, None if scope is None else scope.masks)
-        chunks, cosines = self._met(walked)
-        scored = int(walked.scored[0])
-        if scope is not None and len(scope.chunks) <= config.beam * self._most_children:
+        few = scope is not None and len(scope.chunks) <= config.beam * self._most_children
+        words = None
+        if config.mode != "walk" and config.lexical == "signatures" and not few:
+            words = self._words(query, config)
+        wanted = max(config.k, config.beam, CANDIDATES, config.deep_candidates)
+        if config.mode != "walk" and words is None:  # all that is scored is ranked anew
+            wanted = config.beam * (self._most_children + 2 * config.beside)
+        found = self.kernels.search(
+            self.image.tree,
+            asked[:, None],
+            config.beam,
+            wanted,
+            words=words,
+            beside=0 if few else config.beside,
+            ends=self.image.chunk_ends,
+            allowed=None if scope is None else scope.masks,
+        )
+        scored = int(found.scored[0])
+        if few and scope is not None:
             # No more than a walk may score at the chunks' level: all of them, then, and none is missed.
             chunks = scope.chunks
             cosines = self._cosines(asked, chunks)
             scored += len(chunks)
         else:
-            beside = self._beside(chunks, config, scope)
-            chunks = np.concatenate([chunks, beside])
-            cosines = np.concatenate([cosines, self._cosines(asked, beside)])
-            scored += len(beside)
+            met = found.chunks[0] >= 0
+            chunks, cosines = found.chunks[0][met], found.cosines[0][met]
+            if config.mode == "walk" or words is not None:
+                return Ranked(chunks, found.scores[0][met], scored, found)
         if config.mode == "walk":
-            return _ranked(chunks, cosines, scored, walked)
-        return self._both(query, asked, chunks, cosines, config, scope, scored, walked)
+            return _ranked(chunks, cosines, scored, found)
+        return self._both(query, asked, chunks, cosines, config, scope, scored, found)
+
+    def _words(self, query: EmbeddedQuery, config: SearchConfig) -> Words:
+        """What a walk by both signals is told of a query's words."""
+        known, weight = self.image.lexical.query(query.text), self.bm25_weight(config)
+        return Words(
+            self.image.lexical.index,
+            self.image.signatures,
+            np.array([0, len(known.terms)]),
+            known.terms,
+            known.weights,
+            weight,
+            NODE_WORDS * weight,
+        )
 
     def asked(self, vectors: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "depth m d"]:
         """Query embeddings as each level is compared with them, top first.
@@ -257,24 +290,6 @@ class Searcher:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
         return asked
-
-    def _beside(self, met: np.ndarray, config: SearchConfig, scope: Scope | None) -> Int32[np.ndarray, " new"]:
-        """Chunks that stand next to the best of `met`, which come first, in their documents, and are not among them."""
-        best = met[: config.beam]
-        if config.beside == 0 or len(best) == 0:
-            return np.empty(0, np.int32)
-        first, last = self.image.bounds(self.image.document_of(best))
-        near = best[:, None] + np.arange(-config.beside, config.beside + 1, dtype=np.int32)
-        near = np.sort(near[(near >= first[:, None]) & (near < last[:, None])])
-        near = near[np.diff(near, prepend=-1) > 0]
-        known = np.sort(met)
-        near = near[known[np.minimum(np.searchsorted(known, near), len(known) - 1)] != near]
-        return near if scope is None else near[scope.masks[-1][near] > 0]
-
-    @staticmethod
-    def _met(walked: Walked) -> tuple[np.ndarray, np.ndarray]:
-        met = walked.chunks[0] >= 0
-        return walked.chunks[0][met], walked.chunk_scores[0][met]
 
     def _cosines(self, asked: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         return self.kernels.score_chunks(self.image.tree, asked[-1][None], chunks[None])[0]
@@ -308,7 +323,7 @@ class Searcher:
         config: SearchConfig,
         scope: Scope | None,
         scored: int,
-        walked: Walked,
+        walked: Found,
     ) -> Ranked:
         """Convex sum over `chunks` and BM25's best: `cosine + lambda * bm25 / best bm25 of this query`."""
         lexical = self.image.lexical
@@ -344,6 +359,7 @@ class Searcher:
             self._cosines(asked, chunks),
             paths,
             self.bm25_weight(config),
+            float(ranked.walked.best[0]) or None,
         )
 
     def _decoded(
@@ -473,8 +489,9 @@ class Searcher:
         if tree.depth == 1 or len(chunks) == 0:
             return []
         first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
-        through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.chunk_parents[0].tolist(), strict=True))
-        nodes = np.array([through.get(int(c), int(f)) for c, f in zip(chunks, first, strict=True)])
+        through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.parents[0].tolist(), strict=True))
+        known = np.array([through.get(int(chunk), -1) for chunk in chunks])
+        nodes = np.where(known >= 0, known, first)
         steps, scales = quantise_queries(asked[::-1])  # as in the kernels: the walk's scores
         out = []
         for level, blocks in enumerate(tree.levels[-2::-1], 2):
@@ -486,13 +503,22 @@ class Searcher:
         return out
 
     def _paths(self, query: EmbeddedQuery, ranked: Ranked, count: int) -> list[tuple[PathStep, ...]]:
-        """The way from the top to each of the first `count` chunks: nodes' cosines, the chunk's score."""
+        """The way from the top to each of the first `count` chunks.
+
+        Scores: the chunk's, and the nodes' as the walk ranked them; the cosine of a node that it did not keep.
+        """
         chunks = ranked.chunks[:count]
         steps = [[PathStep(1, int(c), float(s))] for c, s in zip(chunks, ranked.scores, strict=False)]
         if len(query.vectors):
+            walked = ranked.walked
             for level, (nodes, cosines) in enumerate(self._ways(self.asked(query.vectors), ranked, count), 2):
-                for i, (node, cosine) in enumerate(zip(nodes, cosines, strict=True)):
-                    steps[i].append(PathStep(level, int(node), float(cosine)))
+                kept: dict[int, float] = {}
+                if walked is not _NO_WALK:
+                    kept = dict(
+                        zip(walked.nodes[1 - level, 0].tolist(), walked.node_scores[1 - level, 0].tolist(), strict=True)
+                    )
+                for i, (node, cosine) in enumerate(zip(nodes.tolist(), cosines.tolist(), strict=True)):
+                    steps[i].append(PathStep(level, node, kept.get(node, cosine)))
         return [tuple(way[::-1]) for way in steps]
 
     def _hits(

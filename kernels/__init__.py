@@ -2,15 +2,27 @@
 
 from treemem.kernels.dispatch import BackEnd, back_end
 from treemem.kernels.reference import Masks, quantise, top_k
-from treemem.kernels.tree import LevelBlocks, LexicalIndex, ServingTree, Walked, first_rows
+from treemem.kernels.tree import (
+    Found,
+    LevelBlocks,
+    LexicalIndex,
+    ServingTree,
+    Signatures,
+    Walked,
+    Words,
+    first_rows,
+)
 
 __all__ = [
     "BackEnd",
+    "Found",
     "LevelBlocks",
     "LexicalIndex",
     "Masks",
     "ServingTree",
+    "Signatures",
     "Walked",
+    "Words",
     "back_end",
     "first_rows",
     "quantise",

@@ -25,15 +25,19 @@ from numpy.typing import NDArray
 from treemem.errors import InputError
 from treemem.kernels.reference import (
     QUERY_STEPS,
+    STEP,
     TINY,
     Masks,
     check_at_least_1,
     checked_chunks,
+    checked_ends,
     checked_masks,
     checked_queries,
     checked_terms,
+    checked_words,
+    signature_kinds,
 )
-from treemem.kernels.tree import LexicalIndex, ServingTree, Walked
+from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Walked, Words
 
 THREADS = "TREEMEM_THREADS"
 """Environment variable: how many threads share a batch; as many as there are cores by default."""
@@ -82,6 +86,66 @@ def walk(tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Ma
         np.ascontiguousarray(chunk_parents[:, :width]),
         scored,
     )
+
+
+def search(
+    tree: ServingTree,
+    queries: NDArray[np.float32],
+    beam: int,
+    k: int,
+    *,
+    words: Words | None = None,
+    beside: int = 0,
+    ends: NDArray[np.int64] | None = None,
+    allowed: Masks | None = None,
+) -> Found:
+    """`reference.search`, compiled."""
+    prepared = _prepare(tree)
+    queries = checked_queries(tree, queries, levels=True)
+    masks = checked_masks(tree, allowed)
+    check_at_least_1("beam", beam)
+    check_at_least_1("k", k)
+    depth, batch = queries.shape[:2]
+    ends = checked_ends(tree, beside, ends)
+    checked_words(tree, words, batch)
+    k = min(k, tree.sizes[-1])
+    nodes = np.empty((depth - 1, batch, beam), np.int32)
+    node_scores = np.empty(nodes.shape, np.float32)
+    ids, values = np.empty((2, batch, k), np.int32), np.empty((3, batch, k), np.float32)
+    best, scored = np.empty(batch, np.float32), np.empty(batch, np.int64)
+    capacity = max(prepared.most_entries(level, beam) for level in range(depth))
+    near = min(2 * beside * beam, tree.sizes[-1])
+    asked = _NO_WORDS if words is None else _asked(tree, words)
+    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, capacity, near)
+    documents = (_readonly(tree.first_row), _readonly(_NO_ENDS if ends is None else ends), beside)
+    results: Any = (nodes, node_scores, ids, values, best, scored)
+
+    def run(start: int, end: int) -> None:
+        _search_slice(*given, *documents, *asked, start, end, *results)
+
+    _in_slices(run, batch, least=8)
+    return Found(nodes, node_scores, ids[0], values[0], values[1], values[2], ids[1], best, scored)
+
+
+def signatures(
+    offsets: NDArray[np.int64],
+    ids: NDArray[np.int32],
+    child_offsets: NDArray[np.int64],
+    child_terms: NDArray[np.int32],
+    child_shares: NDArray[np.uint8],
+    child_values: NDArray[np.uint8],
+) -> tuple[Signatures, NDArray[np.uint8]]:
+    """`reference.signatures`, compiled."""
+    start_kind, slot_kind = signature_kinds(offsets, ids, child_offsets)
+    entries = int(np.diff(child_offsets)[ids].sum())
+    slots, starts = np.empty(entries, slot_kind), np.empty(entries, start_kind)
+    terms, values, largest = np.empty(entries, np.int32), np.empty(entries, np.uint8), np.empty(entries, np.uint8)
+    own, bases = np.zeros(len(offsets), np.int64), np.zeros(len(offsets), np.int64)
+    below = (_readonly(offsets), _readonly(ids), _readonly(child_offsets), _readonly(child_terms))
+    of_child = (_readonly(child_shares), _readonly(child_values))
+    count = _signatures(*below, *of_child, own, terms, bases, starts, slots, values, largest)
+    made = Signatures(own, terms[:count].copy(), bases, starts[:count].copy(), slots, values)
+    return made, largest[:count].copy()
 
 
 def exact(
@@ -192,6 +256,55 @@ def _readonly(array: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
+_NO_ENDS = np.empty(0, np.int64)
+
+
+_Asked = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+_NO_WORDS: _Asked = (
+    np.empty((0, 9), np.int64),
+    _readonly(np.empty(0, np.int64)),
+    _readonly(np.empty(0, np.int32)),
+    _readonly(np.empty(0, np.uint16)),
+    _readonly(np.empty(0, np.float32)),
+    _readonly(np.empty(0, np.int64)),
+    _readonly(np.empty(0, np.int32)),
+    _readonly(np.empty(0, np.float32)),
+    np.float32(0),
+    np.float32(0),
+)
+"""What compiled code takes where a search is by vectors alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """A checked index with its signatures as compiled code takes them."""
+
+    signatures: tuple[Signatures, ...]
+    table: NDArray[np.int64]
+    arrays: tuple[Any, Any, Any, Any]
+
+
+_stored: WeakKeyDictionary[LexicalIndex, _Stored] = WeakKeyDictionary()
+
+
+def _asked(tree: ServingTree, words: Words) -> _Asked:
+    """Words as compiled code takes them."""
+    index = words.index
+    stored = _stored.get(index)
+    if stored is None or stored.signatures is not words.signatures:
+        index.check()
+        table = np.zeros((len(words.signatures), 9), np.int64)
+        for line, own, blocks in zip(table, words.signatures, tree.levels, strict=True):
+            own.check(blocks.offsets)
+            arrays = (own.offsets, own.terms, own.bases, own.starts, own.slots, own.values)
+            line[:6] = [_address(array) for array in arrays]
+            line[6:] = own.starts.itemsize, own.slots.itemsize, len(own.terms)
+        offsets, terms, counts, norms = map(_readonly, (index.offsets, index.terms, index.counts, index.norms))
+        stored = _stored[index] = _Stored(words.signatures, table, (offsets, terms, counts, norms))
+    given = _readonly(words.offsets), _readonly(words.terms), _readonly(words.weights)
+    return stored.table, *stored.arrays, *given, np.float32(words.chunk_weight), np.float32(words.node_weight)
+
+
 def _threads() -> int:
     value = os.environ.get(THREADS)
     if value is None:
@@ -232,7 +345,7 @@ def _pointer(kind: Any) -> Any:
 
 
 _int8_at, _uint8_at, _int32_at = _pointer(types.int8), _pointer(types.uint8), _pointer(types.int32)
-_int64_at, _float32_at = _pointer(types.int64), _pointer(types.float32)
+_uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 
 
 @_compiled
@@ -359,24 +472,29 @@ def _is_new(table: _Ids, element: np.int32) -> bool:
 
 
 @_compiled
-def _collect(line: _Ints, mask_address: int, frontier: _Ids, table: _Ids, rows: _Ints, owners: _Ids) -> int:
+def _collect(
+    line: _Ints, mask_address: int, frontier: _Ids, table: _Ids, rows: _Ints, owners: _Ids, places: _Ints
+) -> int:
     """List the rows below the frontier in its order, with the parent of each; return how many.
 
-    `table`: for dropping repeated elements; empty where every element stands once.
+    `table`: for dropping repeated elements; empty where every element stands once. `places` gets where each row stands
+    among all rows below the frontier.
     """
     ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
     offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
     mask = carray(_uint8_at(mask_address), line[_SIZE])
     table[:] = -1
     count = 0
+    place = -1
     for parent in frontier:
         for row in range(offsets[parent], offsets[parent + 1]):
+            place += 1
             element = ids[row]
             if mask_address != 0 and mask[element] == 0:
                 continue
             if len(table) > 0 and not _is_new(table, element):
                 continue
-            rows[count], owners[count] = row, parent
+            rows[count], owners[count], places[count] = row, parent, place
             count += 1
     return count
 
@@ -418,7 +536,7 @@ def _walk_slice(
                 q_scales[m] = _quantise_query(queries[level, b, m], q16[m])
             at_chunks = level == depth - 1
             used = table if at_chunks else table[:0]
-            count = _collect(line, masks[level], frontier[:width], used, rows, owners)
+            count = _collect(line, masks[level], frontier[:width], used, rows, owners, spare_keys)
             _score_rows(line, rows[:count], q16, q_scales, scores)
             ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
             for i in range(count):
@@ -437,6 +555,270 @@ def _walk_slice(
         chunks[b, count:] = -1
         chunk_scores[b, count:] = -np.inf
         chunk_parents[b, count:] = -1
+
+
+@_compiled
+def _find(terms: _Ids, low: int, end: int, term: np.int32) -> int:
+    """Where a term stands among rising ones, -1 where it does not.
+
+    Halves without a branch that depends on what is read: which way it goes cannot be foreseen, and a wrong guess costs
+    more than a step.
+    """
+    length = end - low
+    while length > 1:
+        half = length >> 1
+        low += half * (terms[low + half - 1] < term)
+        length -= half
+    return low if length == 1 and terms[low] == term else -1
+
+
+@_compiled
+def _bm25(
+    chunk: np.int32,
+    offsets: _Ints,
+    terms: _Ids,
+    counts: NDArray[np.uint8] | NDArray[np.uint16],
+    norms: _Floats,
+    query: _Ids,
+    weights: _Floats,
+) -> np.float32:
+    total = np.float32(0)
+    for t in range(len(query)):
+        place = _find(terms, offsets[chunk], offsets[chunk + 1], query[t])
+        if place >= 0:
+            count = np.float32(counts[place])
+            total += weights[t] * (count / (count + norms[chunk]))
+    return total
+
+
+@_compiled
+def _word_sums(
+    line: _Ints, own: _Ints, norms: _Floats, frontier: _Ids, query: _Ids, weights: _Floats, sums: _Floats
+) -> None:
+    """Sum the words' shares of all rows below the frontier, in its order, masked ones included.
+
+    `own`: the level's signatures as `_asked` lists them. `norms`: of the chunks; empty at a level of nodes.
+    """
+    children = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
+    ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    offsets, bases = carray(_int64_at(own[0]), line[_PARENTS] + 1), carray(_int64_at(own[2]), line[_PARENTS] + 1)
+    terms, entries = carray(_int32_at(own[1]), own[8]), bases[line[_PARENTS]]
+    short_starts, long_starts = carray(_uint16_at(own[3]), own[8]), carray(_int32_at(own[3]), own[8])
+    short_slots, long_slots = carray(_uint8_at(own[4]), entries), carray(_uint16_at(own[4]), entries)
+    values = carray(_uint8_at(own[5]), entries)
+    base = 0
+    for parent in frontier:
+        count = children[parent + 1] - children[parent]
+        sums[base : base + count] = 0
+        last = offsets[parent + 1]
+        for t in range(len(query)):
+            place = _find(terms, offsets[parent], last, query[t])
+            if place < 0:
+                continue
+            start, end = np.int64(0), bases[parent + 1] - bases[parent]
+            if own[6] == 2:
+                start = np.int64(short_starts[place])
+                end = np.int64(short_starts[place + 1]) if place + 1 < last else end
+            else:
+                start = np.int64(long_starts[place])
+                end = np.int64(long_starts[place + 1]) if place + 1 < last else end
+            for entry in range(bases[parent] + max(start, 0), min(bases[parent] + end, bases[parent + 1])):
+                slot = np.int64(short_slots[entry]) if own[7] == 1 else np.int64(long_slots[entry])
+                if slot >= count:
+                    continue  # a damaged file
+                share = np.float32(values[entry])
+                share = share / (share + norms[ids[children[parent] + slot]]) if len(norms) > 0 else share * STEP
+                sums[base + slot] += weights[t] * share
+        base += count
+
+
+@_compiled
+def _largest(values: _Floats, count: int) -> np.float32:
+    best = np.float32(0)
+    for i in range(count):
+        best = max(best, values[i])
+    return best
+
+
+@_compiled
+def _combined(cosine: np.float32, own: np.float32, best: np.float32, weight: np.float32) -> np.float32:
+    if weight == 0 or best <= 0:
+        return cosine
+    return cosine + weight * own / best
+
+
+@_compiled
+def _search_slice(
+    levels: _Ints,
+    masks: _Ints,
+    queries: _Floats,
+    beam: int,
+    k: int,
+    capacity: int,
+    near: int,
+    first_row: _Ints,
+    ends: _Ints,
+    beside: int,
+    signature_table: _Ints,
+    word_offsets: _Ints,
+    word_terms: _Ids,
+    word_counts: NDArray[np.uint8] | NDArray[np.uint16],
+    norms: _Floats,
+    query_offsets: _Ints,
+    query_terms: _Ids,
+    query_weights: _Floats,
+    chunk_weight: np.float32,
+    node_weight: np.float32,
+    first: int,
+    last: int,
+    nodes: _Ids,
+    node_scores: _Floats,
+    chunks: _Ids,
+    values: _Floats,
+    best_sums: _Floats,
+    scored: _Ints,
+) -> None:
+    """Search for the queries `first` to `last`; all memory that they need is taken here, once."""
+    depth, _, embeddings, dimension = queries.shape
+    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
+    room = capacity + near
+    rows, keys, places = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    owners, ids = np.empty(room, np.int32), np.empty(room, np.int32)
+    cosines, sums, block_sums = np.empty(room, np.float32), np.zeros(room, np.float32), np.empty(capacity, np.float32)
+    heap, frontier = np.empty(max(beam, k), np.int64), np.zeros(beam, np.int32)
+    slots = 1
+    while slots < 2 * room:
+        slots *= 2
+    table = np.empty(slots, np.int32)
+    with_words = len(query_offsets) > 0
+    query, weights = query_terms[:0], query_weights[:0]
+    for b in range(first, last):
+        if with_words:
+            query = query_terms[query_offsets[b] : query_offsets[b + 1]]
+            weights = query_weights[query_offsets[b] : query_offsets[b + 1]]
+        frontier[0] = 0
+        width = 1
+        scored[b] = 0
+        count = 0
+        for level in range(depth):
+            line = levels[level]
+            for m in range(embeddings):
+                q_scales[m] = _quantise_query(queries[level, b, m], q16[m])
+            at_chunks = level == depth - 1
+            used = table if at_chunks else table[:0]
+            count = _collect(line, masks[level], frontier[:width], used, rows, owners, places)
+            _score_rows(line, rows[:count], q16, q_scales, cosines)
+            scored[b] += count
+            entries = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+            for i in range(count):
+                ids[i] = entries[rows[i]]
+            if with_words:
+                own_norms = norms if at_chunks else norms[:0]
+                _word_sums(line, signature_table[level], own_norms, frontier[:width], query, weights, block_sums)
+                for i in range(count):
+                    sums[i] = block_sums[places[i]]
+            best = _largest(sums, count)
+            weight = chunk_weight if at_chunks else node_weight
+            for i in range(count):
+                keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])
+            if at_chunks:
+                break
+            width = _keep_best(keys, count, heap[:beam])
+            for i in range(width):
+                frontier[i] = heap[i] & 0xFFFFFFFF
+                nodes[level, b, i], node_scores[level, b, i] = frontier[i], _score_of(heap[i])
+            nodes[level, b, width:] = -1
+            node_scores[level, b, width:] = -np.inf
+        line = levels[depth - 1]
+        if beside > 0:
+            walked = count
+            mask = carray(_uint8_at(masks[depth - 1]), line[_SIZE])
+            for i in range(_keep_best(keys, walked, heap[:beam])):
+                chunk = heap[i] & 0xFFFFFFFF
+                document = np.searchsorted(ends, chunk, side="right")
+                if document == len(ends):
+                    continue  # ends that do not rise
+                start = max(chunk - beside, ends[document - 1] if document > 0 else 0)
+                for other in range(start, min(chunk + beside + 1, ends[document], line[_SIZE])):
+                    if masks[depth - 1] != 0 and mask[other] == 0:
+                        continue
+                    if _is_new(table, np.int32(other)):
+                        ids[count], rows[count], owners[count] = other, first_row[other], -1
+                        count += 1
+            _score_rows(line, rows[walked:count], q16, q_scales, cosines[walked:])
+            scored[b] += count - walked
+            if with_words:
+                for i in range(walked, count):
+                    sums[i] = _bm25(ids[i], word_offsets, word_terms, word_counts, norms, query, weights)
+        best_sums[b] = _largest(sums, count) if with_words else np.float32(0)
+        for i in range(count):
+            keys[i] = _key(_combined(cosines[i], sums[i], best_sums[b], chunk_weight), ids[i])
+            places[i] = keys[i]
+        width = _keep_best(keys, count, heap[:k])
+        chunks[:, b] = -1
+        values[:2, b] = -np.inf
+        values[2, b] = 0
+        if width == 0:
+            continue
+        worst = heap[width - 1]
+        for i in range(count):
+            if places[i] <= worst:
+                place = np.searchsorted(heap[:width], places[i])
+                chunks[0, b, place], chunks[1, b, place] = ids[i], owners[i] if depth > 1 else -1
+                values[0, b, place], values[1, b, place] = _score_of(places[i]), cosines[i]
+                values[2, b, place] = sums[i]
+
+
+@_compiled
+def _signatures(
+    offsets: _Ints,
+    ids: _Ids,
+    child_offsets: _Ints,
+    child_terms: _Ids,
+    child_shares: NDArray[np.uint8],
+    child_values: NDArray[np.uint8],
+    own: _Ints,
+    terms: _Ids,
+    bases: _Ints,
+    starts: NDArray[np.uint16] | _Ids,
+    slots: NDArray[np.uint8] | NDArray[np.uint16],
+    values: NDArray[np.uint8],
+    largest: NDArray[np.uint8],
+) -> int:
+    """Fill the arrays of `reference.signatures`; return how many terms there are."""
+    most = np.int64(0)
+    for parent in range(len(offsets) - 1):
+        count = np.int64(0)
+        for row in range(offsets[parent], offsets[parent + 1]):
+            count += child_offsets[ids[row] + 1] - child_offsets[ids[row]]
+        most = max(most, count)
+    keys = np.empty(most, np.int64)
+    found = np.int64(0)
+    written = np.int64(0)
+    for parent in range(len(offsets) - 1):
+        count = np.int64(0)
+        for row in range(offsets[parent], offsets[parent + 1]):
+            for place in range(child_offsets[ids[row]], child_offsets[ids[row] + 1]):
+                # Term, slot, share and value in one number: 31, 16, 8 and 8 bits.
+                keys[count] = (
+                    (np.int64(child_terms[place]) << 32)
+                    | ((row - offsets[parent]) << 16)
+                    | (np.int64(child_shares[place]) << 8)
+                    | child_values[place]
+                )
+                count += 1
+        keys[:count].sort()
+        term = np.int64(-1)
+        for i in range(count):
+            if keys[i] >> 32 != term:
+                term = keys[i] >> 32
+                terms[found], starts[found], largest[found] = term, written - bases[parent], 0
+                found += 1
+            slots[written], values[written] = (keys[i] >> 16) & 0xFFFF, keys[i] & 0xFF
+            largest[found - 1] = max(largest[found - 1], (keys[i] >> 8) & 0xFF)
+            written += 1
+        own[parent + 1], bases[parent + 1] = found, written
+    return int(found)
 
 
 @_compiled
@@ -514,18 +896,6 @@ def _bm25_slice(
 ) -> None:
     """Score the chunks `chunks[first:last]`; each query term is looked up by bisection."""
     for i in range(first, last):
-        total = np.float32(0)
-        chunk = chunks[i]
-        for t in range(len(query) if chunk >= 0 else 0):
-            low, end = offsets[chunk], offsets[chunk + 1]
-            high = end
-            while low < high:
-                middle = (low + high) >> 1
-                if terms[middle] < query[t]:
-                    low = middle + 1
-                else:
-                    high = middle
-            if low < end and terms[low] == query[t]:
-                count = np.float32(counts[low])
-                total += weights[t] * (count / (count + norms[chunk]))
-        scores[i] = total
+        scores[i] = np.float32(0)
+        if chunks[i] >= 0:
+            scores[i] = _bm25(chunks[i], offsets, terms, counts, norms, query, weights)

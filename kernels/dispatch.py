@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from treemem.errors import InputError
 from treemem.kernels.reference import Masks
-from treemem.kernels.tree import LexicalIndex, ServingTree, Walked
+from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Walked, Words
 
 VARIABLE = "TREEMEM_KERNELS"
 """Environment variable that names the back end."""
@@ -31,6 +31,33 @@ class BackEnd(Protocol):
 
     def walk(self, tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Masks | None = None) -> Walked:
         """See `reference.walk`."""
+        ...
+
+    def search(
+        self,
+        tree: ServingTree,
+        queries: NDArray[np.float32],
+        beam: int,
+        k: int,
+        *,
+        words: Words | None = None,
+        beside: int = 0,
+        ends: NDArray[np.int64] | None = None,
+        allowed: Masks | None = None,
+    ) -> Found:
+        """See `reference.search`."""
+        ...
+
+    def signatures(
+        self,
+        offsets: NDArray[np.int64],
+        ids: NDArray[np.int32],
+        child_offsets: NDArray[np.int64],
+        child_terms: NDArray[np.int32],
+        child_shares: NDArray[np.uint8],
+        child_values: NDArray[np.uint8],
+    ) -> tuple[Signatures, NDArray[np.uint8]]:
+        """See `reference.signatures`."""
         ...
 
     def exact(

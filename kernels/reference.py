@@ -11,13 +11,23 @@ Order. Higher scores first, equal scores by the smaller id: a strict order, so t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treemem.errors import InputError, ModelError
-from treemem.kernels.tree import MAX_DIMENSION, LevelBlocks, LexicalIndex, ServingTree, Walked
+from treemem.kernels.tree import (
+    MAX_DIMENSION,
+    Found,
+    LevelBlocks,
+    LexicalIndex,
+    ServingTree,
+    Signatures,
+    Walked,
+    Words,
+)
 
 Masks = tuple[NDArray[np.uint8], ...]
 """One mask per level, top first, with one value per element: 0 = neither scored nor returned."""
@@ -26,6 +36,9 @@ ROW_STEPS = 127
 QUERY_STEPS = 8191
 TINY = 1e-12
 """A vector whose largest component is not above this counts as zero: keeps all arithmetic clear of subnormals."""
+
+STEP = np.float32(1 / 255)
+"""What one step of a share is worth."""
 
 _BLOCK = 8192  # rows converted at a time
 
@@ -92,6 +105,160 @@ def walk(tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Ma
         if depth > 1:
             chunk_parents[b, : len(ids)] = parents
     return Walked(nodes, node_scores, chunks, chunk_scores, chunk_parents, scored)
+
+
+def search(
+    tree: ServingTree,
+    queries: NDArray[np.float32],
+    beam: int,
+    k: int,
+    *,
+    words: Words | None = None,
+    beside: int = 0,
+    ends: NDArray[np.int64] | None = None,
+    allowed: Masks | None = None,
+) -> Found:
+    """Walk the tree by cosines, or by cosines and words, score the best chunks' neighbours too, and return the best k.
+
+    With words, the score of a child is `cosine + weight * sum / best sum`, the best sum being that of all children that
+    are scored at this level. A node's sum takes each term's share from the signatures, a chunk's is its BM25, but that
+    of one term no more than 255 count.
+
+    Args:
+        tree: as `walk`.
+        queries: as `walk`.
+        beam: as `walk`.
+        k: how many chunks are returned at most.
+        words: both signals; None for vectors alone.
+        beside: of each of the best `beam` chunks so many before and after it in its document are scored too.
+        ends: int64 [documents], where each document's chunks end, rising; needed for `beside`.
+        allowed: as `walk`.
+
+    Raises:
+        InputError: wrong shapes, beam or k below 1, weights that are not finite.
+        ModelError: a query is not finite.
+    """
+    queries = checked_queries(tree, queries, levels=True)
+    masks = checked_masks(tree, allowed)
+    check_at_least_1("beam", beam)
+    check_at_least_1("k", k)
+    depth, batch = queries.shape[:2]
+    ends = checked_ends(tree, beside, ends)
+    checked_words(tree, words, batch)
+    q16, q_scales = quantise_queries(queries)
+    k = min(k, tree.sizes[-1])
+    nodes = np.full((depth - 1, batch, beam), -1, np.int32)
+    node_scores = np.full(nodes.shape, -np.inf, np.float32)
+    chunks, parents = np.full((batch, k), -1, np.int32), np.full((batch, k), -1, np.int32)
+    scores, cosines = np.full((batch, k), -np.inf, np.float32), np.full((batch, k), -np.inf, np.float32)
+    sums, best, scored = np.zeros((batch, k), np.float32), np.zeros(batch, np.float32), np.zeros(batch, np.int64)
+    for b in range(batch):
+        asked = None if words is None else slice(*words.offsets[b : b + 2].tolist())
+        frontier = np.zeros(1, np.int32)
+        for level, blocks in enumerate(tree.levels):
+            at_chunks = level == depth - 1
+            mask = None if masks is None else masks[level]
+            rows, owners = _children(blocks, frontier, mask)
+            ids = blocks.ids[rows]
+            own = _scores(blocks, rows, q16[level, b], q_scales[level, b])
+            own_sums = np.zeros(len(rows), np.float32)
+            if words is not None:
+                own_sums = _word_sums(words, level, blocks, rows, owners, words.terms[asked], words.weights[asked])
+            scored[b] += len(rows)
+            if at_chunks:
+                break
+            weight = 0.0 if words is None else words.node_weight
+            values = combined(own, own_sums, own_sums.max(initial=0), weight)
+            order = np.lexsort((ids, -values))[:beam]
+            frontier = ids[order]
+            nodes[level, b, : len(order)] = frontier
+            node_scores[level, b, : len(order)] = values[order]
+        weight = 0.0 if words is None else words.chunk_weight
+        if beside and ends is not None:
+            values = combined(own, own_sums, own_sums.max(initial=0), weight)
+            near = _beside(ids[np.lexsort((ids, -values))[:beam]], ids, beside, ends, mask)
+            scored[b] += len(near)
+            rows = tree.first_row[near]
+            own = np.concatenate([own, _scores(blocks, rows, q16[-1, b], q_scales[-1, b])])
+            near_sums = np.zeros(len(near), np.float32)
+            if words is not None:
+                near_sums = bm25_scores(words.index, words.terms[asked], words.weights[asked], near)
+            own_sums = np.concatenate([own_sums, near_sums])
+            ids = np.concatenate([ids, near])
+            owners = np.concatenate([owners, np.full(len(near), -1, np.int32)])
+        best[b] = own_sums.max(initial=0)
+        values = combined(own, own_sums, best[b], weight)
+        order = np.lexsort((ids, -values))[:k]
+        kept = slice(0, len(order))
+        chunks[b, kept], scores[b, kept], cosines[b, kept] = ids[order], values[order], own[order]
+        sums[b, kept] = own_sums[order]
+        if depth > 1:
+            parents[b, kept] = owners[order]
+    return Found(nodes, node_scores, chunks, scores, cosines, sums, parents, best, scored)
+
+
+def combined(
+    cosines: NDArray[np.float32], sums: NDArray[np.float32], best: np.float32, weight: float
+) -> NDArray[np.float32]:
+    """`cosine + weight * sum / best`, float32; the cosines where the best sum is 0 (no word is known)."""
+    if weight == 0 or not best > 0:
+        return cosines
+    return cosines + np.float32(weight) * sums / np.float32(best)
+
+
+def signatures(
+    offsets: NDArray[np.int64],
+    ids: NDArray[np.int32],
+    child_offsets: NDArray[np.int64],
+    child_terms: NDArray[np.int32],
+    child_shares: NDArray[np.uint8],
+    child_values: NDArray[np.uint8],
+) -> tuple[Signatures, NDArray[np.uint8]]:
+    """The signatures of one level's blocks, from what is known of each child.
+
+    Args:
+        offsets: int64 [parents + 1], the children of parent p are `ids[offsets[p]:offsets[p + 1]]`; at most 65,536.
+        ids: int32 [entries].
+        child_offsets: int64 [children + 1], the terms of child c are at child_offsets[c]:child_offsets[c + 1].
+        child_terms: int32, rising within a child.
+        child_shares: uint8, their shares in 255ths, rounded up.
+        child_values: uint8, what is kept: the shares, or at the chunks the counts.
+
+    Returns:
+        The signatures, and of each of their terms the largest share, uint8 [terms]: with their `offsets` and `terms`
+        the children of the next level.
+    """
+    parts: list[tuple[NDArray[Any], ...]] = []
+    term_counts, entry_counts = [0], [0]
+    for first, last in pairwise(offsets):
+        spans = [np.arange(child_offsets[c], child_offsets[c + 1]) for c in ids[first:last]]
+        places = np.concatenate([np.arange(0), *spans])
+        slots = np.repeat(np.arange(last - first), np.array([len(span) for span in spans], np.int64))
+        order = np.lexsort((slots, child_terms[places]))
+        places, slots = places[order], slots[order]
+        terms, starts = np.unique(child_terms[places], return_index=True)
+        shares = child_shares[places]
+        largest = np.maximum.reduceat(shares, starts) if len(starts) else shares
+        parts.append((terms, starts, slots, child_values[places], largest))
+        term_counts.append(len(terms))
+        entry_counts.append(len(slots))
+    start_kind, slot_kind = signature_kinds(offsets, ids, child_offsets)
+    kinds = (np.int32, start_kind, slot_kind, np.uint8, np.uint8)
+    arrays: list[Any] = [
+        np.concatenate([np.zeros(0, own), *(part[i].astype(own) for part in parts)]) for i, own in enumerate(kinds)
+    ]
+    terms, starts, slots, values, largest = arrays
+    own, bases = np.cumsum(term_counts, dtype=np.int64), np.cumsum(entry_counts, dtype=np.int64)
+    return Signatures(own, terms, bases, starts, slots, values), largest
+
+
+def signature_kinds(offsets: NDArray[np.int64], ids: NDArray[np.int32], child_offsets: NDArray[np.int64]) -> Any:
+    """The narrowest types of starts and slots for these blocks; see `signatures`."""
+    entries = np.concatenate([[0], np.cumsum(np.diff(child_offsets)[ids])])[offsets]
+    return (
+        np.uint16 if np.diff(entries).max(initial=0) <= 1 << 16 else np.int32,
+        np.uint8 if np.diff(offsets).max(initial=0) <= 1 << 8 else np.uint16,
+    )
 
 
 def exact(
@@ -228,6 +395,34 @@ def checked_terms(
     return terms, weights
 
 
+def checked_ends(tree: ServingTree, beside: int, ends: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    """The documents' ends, None where no neighbours are asked for; InputError where they do not fit."""
+    if beside < 0:
+        raise InputError(f"beside = {beside}: it must be at least 0")
+    if beside == 0:
+        return None
+    if ends is None:
+        raise InputError("beside is given without ends: give int64 [documents], where each document's chunks end")
+    ends = np.ascontiguousarray(ends, np.int64)
+    if ends.ndim != 1 or (ends[-1] if len(ends) else 0) != tree.sizes[-1]:
+        raise InputError(f"ends of shape {ends.shape}: the last must be {tree.sizes[-1]}, the chunks of this tree")
+    return ends
+
+
+def checked_words(tree: ServingTree, words: Words | None, batch: int) -> None:
+    """Raise InputError where words do not fit the tree and the queries; the arrays of the index are checked apart."""
+    if words is None:
+        return
+    checked_terms(words.terms, words.weights)
+    offsets = words.offsets
+    if len(offsets) != batch + 1 or offsets[0] != 0 or offsets[-1] != len(words.terms) or (np.diff(offsets) < 0).any():
+        raise InputError(f"word offsets of shape {offsets.shape} for {batch} queries and {len(words.terms)} terms")
+    if len(words.signatures) != tree.depth or words.index.size != tree.sizes[-1]:
+        raise InputError("signatures and words' index are of another tree")
+    if not all(np.isfinite(weight) and weight >= 0 for weight in (words.chunk_weight, words.node_weight)):
+        raise InputError("a weight of words is negative or not finite")
+
+
 def check_at_least_1(name: str, value: int) -> None:
     """Raise InputError where `value` is below 1."""
     if value < 1:
@@ -261,6 +456,56 @@ def _children(
     if mask is not None:
         kept = kept[mask[ids[kept]] != 0]
     return rows[kept], parents[kept]
+
+
+def _word_sums(
+    words: Words,
+    level: int,
+    blocks: LevelBlocks,
+    rows: NDArray[np.int64],
+    owners: NDArray[np.int32],
+    terms: NDArray[np.int32],
+    weights: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The sums of weight * share of some rows, float32 [rows], added in the order of the terms."""
+    signatures = words.signatures[level]
+    sums = np.zeros(len(rows), np.float32)
+    for parent in np.unique(owners):
+        first, last = signatures.offsets[parent : parent + 2]
+        known = signatures.terms[first:last]
+        bounds = np.append(signatures.starts[first:last], signatures.bases[parent + 1] - signatures.bases[parent])
+        children = slice(*blocks.offsets[parent : parent + 2].tolist())
+        found = np.zeros(children.stop - children.start, np.float32)
+        own = np.flatnonzero(owners == parent)
+        for term, weight in zip(terms, weights, strict=True):
+            place = int(np.searchsorted(known, term))
+            if place == len(known) or known[place] != term:
+                continue
+            entries = slice(*(signatures.bases[parent] + bounds[place : place + 2]).tolist())
+            slots, values = signatures.slots[entries], signatures.values[entries].astype(np.float32)
+            if level == len(words.signatures) - 1:
+                shares = values / (values + words.index.norms[blocks.ids[children][slots]])
+            else:
+                shares = values * STEP
+            found[slots] += weight * shares
+        sums[own] = found[rows[own] - children.start]
+    return sums
+
+
+def _beside(
+    best: NDArray[np.int32],
+    known: NDArray[np.int32],
+    beside: int,
+    ends: NDArray[np.int64],
+    mask: NDArray[np.uint8] | None,
+) -> NDArray[np.int32]:
+    """The neighbours of the best chunks that are not known yet, in rising order."""
+    documents = np.searchsorted(ends, best, side="right")
+    first = np.where(documents > 0, ends[documents - 1], 0)
+    near = best[:, None] + np.arange(-beside, beside + 1)
+    near = np.unique(near[(near >= first[:, None]) & (near < ends[documents][:, None])]).astype(np.int32)
+    near = near[~np.isin(near, known)]
+    return near if mask is None else near[mask[near] != 0]
 
 
 def _scores(

@@ -109,6 +109,90 @@ class LexicalIndex:
 
 
 @dataclass(frozen=True, eq=False)
+class Signatures:
+    """Which terms stand below the children of each parent of one level: a small inverted index of every block.
+
+    A node's signature is, of each term, the largest share `count / (count + norm)` of any chunk below it; a chunk's is
+    how often the term stands in it.
+    """
+
+    offsets: NDArray[np.int64]
+    """[parents + 1] the terms below parent p are offsets[p]:offsets[p + 1]."""
+    terms: NDArray[np.int32]
+    """[terms] term numbers, rising within a parent."""
+    bases: NDArray[np.int64]
+    """[parents + 1] the entries of parent p are bases[p]:bases[p + 1]."""
+    starts: NDArray[np.uint16] | NDArray[np.int32]
+    """[terms] where a term's entries begin, counted from its parent's base; they end where the next term's begin."""
+    slots: NDArray[np.uint8] | NDArray[np.uint16]
+    """[entries] which child it is, counted from the parent's first row; rising within a term."""
+    values: NDArray[np.uint8]
+    """[entries] a node's share in 255ths, rounded up; a chunk's count, at most 255."""
+
+    def check(self, children: NDArray[np.int64]) -> None:
+        """Check types, lengths and offsets; compiled code takes nothing for granted about starts and slots.
+
+        Args:
+            children: the level's offsets, [parents + 1].
+
+        Raises DamagedMemory.
+        """
+        where = "signatures"
+        parents = len(children) - 1
+        _check_type(self.terms, (np.int32,), 1, f"{where}: terms")
+        _check_type(self.starts, (np.uint16, np.int32), 1, f"{where}: starts")
+        _check_type(self.slots, (np.uint8, np.uint16), 1, f"{where}: slots")
+        _check_type(self.values, (np.uint8,), 1, f"{where}: values")
+        _check_offsets(self.offsets, parents, len(self.terms), f"{where}: terms")
+        _check_offsets(self.bases, parents, len(self.slots), f"{where}: entries")
+        if len(self.starts) != len(self.terms) or len(self.values) != len(self.slots):
+            raise _damaged(f"{where}: arrays of different lengths")
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The lexical half of a search: what the tree knows of words, and those of B queries."""
+
+    index: LexicalIndex
+    signatures: tuple[Signatures, ...]
+    """Of each level, top first."""
+    offsets: NDArray[np.int64]
+    """[B + 1] the terms of query b are offsets[b]:offsets[b + 1]."""
+    terms: NDArray[np.int32]
+    """[terms] term numbers, in the order in which they are summed."""
+    weights: NDArray[np.float32]
+    """[terms] idf * (k1 + 1) * count in the query."""
+    chunk_weight: float
+    """What the best sum of a query's terms is worth beside a cosine, at the chunks."""
+    node_weight: float
+    """The same at the nodes of each level."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search gives for each of B queries; best first, padded with -1 and -inf."""
+
+    nodes: NDArray[np.int32]
+    """[depth - 1, B, beam] the nodes that each level above the chunks kept."""
+    node_scores: NDArray[np.float32]
+    """[depth - 1, B, beam]"""
+    chunks: NDArray[np.int32]
+    """[B, k] the best of the chunks that were scored."""
+    scores: NDArray[np.float32]
+    """[B, k] cosine + weight * sum / the best sum of this query's chunks; the cosine alone without words."""
+    cosines: NDArray[np.float32]
+    """[B, k]"""
+    sums: NDArray[np.float32]
+    """[B, k] BM25; 0 without words, and as padding."""
+    parents: NDArray[np.int32]
+    """[B, k] the level-2 node through which the chunk was reached; -1 for a neighbour, or in a tree without nodes."""
+    best: NDArray[np.float32]
+    """[B] the best sum of any chunk that was scored; 0 without words."""
+    scored: NDArray[np.int64]
+    """[B] how many vectors were scored, all levels together, each chunk once."""
+
+
+@dataclass(frozen=True, eq=False)
 class Walked:
     """What a walk met for each of B queries; best first, padded with -1 and -inf."""
 

@@ -22,10 +22,11 @@ from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise
 from treemem.storage.files import save_npy, work_folder, write_npy
 from treemem.storage.levels import Level, Spread, as_float32
 from treemem.storage.lexical import Lexical, build_lexical
+from treemem.storage.signatures import read_signatures, write_signatures
 from treemem.storage.store import Store, guard
 from treemem.types import Document, DocumentRef, Progress, Span, no_progress
 
-IMAGE_VERSION = 2
+IMAGE_VERSION = 3
 ROWS = 16_384
 _COPIED = {
     "text": "documents/text",
@@ -73,6 +74,9 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
             _write_ids(folder)
             texts = _chunk_texts(folder, progress)
             build_lexical(folder, texts, info.chunks, info.config.language)
+            tree = read_tree(folder, info.levels[::-1])
+            write_signatures(folder, tree, Lexical(folder, info.config.language).index, progress)
+            del tree
             files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
             description = {
                 "image": IMAGE_VERSION,
@@ -230,6 +234,8 @@ class Image:
             self.snapshot: str = description["snapshot"]
             self.tree = read_tree(folder, tuple(description["sizes"]))
             self.lexical = Lexical(folder, description["language"])
+            self.signatures = read_signatures(folder, self.tree)
+            """The words of all levels, top first."""
             self._text, self._text_ends, self._records, self._record_ends, self._chunk_ends, self.spans = (
                 self._load(name) for name in _COPIED
             )
@@ -253,6 +259,11 @@ class Image:
     def documents(self) -> int:
         """How many documents there are."""
         return len(self._text_ends)
+
+    @property
+    def chunk_ends(self) -> np.ndarray:
+        """Where each document's chunks end, shape (documents,)."""
+        return np.asarray(self._chunk_ends)
 
     @property
     def chunks(self) -> int:

@@ -15,6 +15,8 @@ FORMAT_VERSION = 1
 
 Mode = Literal["deep", "hybrid", "walk", "exact", "bm25", "exact+bm25"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Lexical = Literal["signatures", "index"]
+LEXICAL: tuple[Lexical, ...] = get_args(Lexical)
 
 MAX_QUERY_EMBEDDINGS = 32
 """A long query is cut into at most this many embeddings, spread evenly over it."""
@@ -68,19 +70,23 @@ class SearchConfig:
     """How a memory is searched."""
 
     mode: Mode = "hybrid"
-    """What is looked at. `walk`: the chunks at the end of the walk; `exact`: all; `hybrid`, `exact+bm25`: BM25's best
-    beside these; `deep`: hybrid, then token states; `bm25`: no vectors."""
+    """`walk`: a walk by vectors; `hybrid`: by vectors and words; `deep`: hybrid, then token states; `exact` and
+    `exact+bm25`: every chunk, by vectors or by both; `bm25`: words alone."""
     k: int = 10
     """How many hits to return, of the candidates: all chunks for `exact` and `exact+bm25`, all with a word of the query
-    for `bm25`, those that the walk scored for `walk`, these and the best `bm25_candidates` for `hybrid` and `deep`."""
+    for `bm25`, those that the walk scored for `walk`, these and the best of the index for `hybrid` and `deep`."""
     beam: int = 32
     """How many nodes a walk keeps per level."""
     beside: int = 4
     """How many chunks before and after each of the walk's best `beam` chunks, in the same document, are scored too."""
     bm25_weight: float | None = None
     """lambda: what the best BM25 score of a query is worth beside a cosine; None: what was learned, 0.4 untrained."""
+    lexical: Lexical = "index"
+    """Where `hybrid` and `deep` look for words. `index`: the walk goes by vectors, and the best chunks of an inverted
+    index of all chunks are added; `signatures`: on the way down, among the words below each node, in a third of the
+    time."""
     bm25_candidates: int = 256
-    """How many of BM25's best chunks are candidates."""
+    """How many chunks of the inverted index are candidates, where it is asked."""
     decoder: bool = True
     """Whether a trained decoder ranks the best 64 candidates anew, by both signals, where the memory has one. Without
     it `walk` and `exact` rank by cosines alone."""
@@ -91,6 +97,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
+        _require(self.lexical in LEXICAL, "lexical", self.lexical, "one of " + ", ".join(LEXICAL))
         _require_whole("beam", self.beam, 1, 4096, "a whole number from 1 to 4096")
         _require_whole("beside", self.beside, 0, 64, "a whole number from 0 to 64")
         for field in ("k", "bm25_candidates", "deep_candidates"):

@@ -78,7 +78,7 @@ def test_a_trained_decoder_ranks_the_first_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["walk", "exact"])
 def test_the_decoder_brings_both_signals_to_the_candidates_of_vectors(tmp_path: Path, mode: str) -> None:
     opened = memory(tmp_path / "m", 0.0)
-    cosines, sums = dict(ranked(opened, QUERIES[0], mode, decoder=False)), dict(ranked(opened, QUERIES[0]))
+    cosines, sums = (dict(ranked(opened, QUERIES[0], own, decoder=False)) for own in (mode, "exact+bm25"))
     decoded = ranked(opened, QUERIES[0], mode)
     assert {chunk for chunk, _ in decoded} == set(cosines)
     for place, (chunk, score) in enumerate(decoded):  # an untrained decoder: the convex sum

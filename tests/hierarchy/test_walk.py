@@ -169,11 +169,11 @@ def test_the_oracle_is_the_convex_sum_over_every_chunk(small_memory: Memory, que
 
 
 @pytest.mark.parametrize("query", QUESTIONS)
-def test_hybrid_is_the_walk_and_the_best_of_bm25(small_memory: Memory, query: str) -> None:
+def test_hybrid_by_the_index_is_the_walk_and_the_best_of_bm25(small_memory: Memory, query: str) -> None:
     embedded = small_memory.searcher.embed([query])[0]
-    few = config("hybrid", k=5, beam=4, bm25_candidates=7, bm25_weight=0.3, decoder=False)
+    few = config("hybrid", k=5, beam=4, lexical="index", bm25_candidates=7, bm25_weight=0.3, decoder=False)
     ranked = small_memory.searcher.rank(embedded, few)
-    walked = small_memory.searcher.rank(embedded, config("walk", beam=4))
+    walked = small_memory.searcher.rank(embedded, config("walk", k=1000, beam=4))
     best = chunks_of(small_memory.search(query, config=config("bm25", k=7)))
     assert set(ranked.chunks.tolist()) == set(walked.chunks.tolist()) | set(best)
     assert ranked.scored == walked.scored + len(set(best) - set(walked.chunks.tolist()))
@@ -187,7 +187,8 @@ def test_bm25_gives_as_many_as_are_asked_for(small_memory: Memory, mode: Mode) -
     query = "the a of in bees and lamps"
     holding = int((bm25(small_memory, query) > 0).sum())
     assert holding > 40
-    result = small_memory.search(query, config=config(mode, k=1000, beam=1, beside=0, bm25_candidates=2))
+    few = config(mode, k=1000, beam=1, beside=0, lexical="index", bm25_candidates=2)
+    result = small_memory.search(query, config=few)
     assert len(result.hits) >= holding
 
 
@@ -197,6 +198,21 @@ def test_hybrid_equals_its_oracle_where_all_are_candidates(small_memory: Memory)
         both = (small_memory.search(query, config=config(mode, beam=4096, decoder=False)) for mode in modes)
         hybrid, oracle = ([(hit.chunk, hit.score) for hit in result.hits] for result in both)
         assert hybrid == oracle
+
+
+def test_hybrid_by_signatures_agrees_with_its_oracle(small_memory: Memory) -> None:
+    shared = 0
+    for query in QUESTIONS:
+        oracle = small_memory.search(query, config=config("exact+bm25", k=1000, decoder=False))
+        scores = {hit.chunk: hit.score for hit in oracle.hits}
+        found = small_memory.search(query, config=config("hybrid", k=5, beam=8, lexical="signatures", decoder=False))
+        assert found.scored < sum(small_memory.info().levels)
+        shared += len(set(chunks_of(found)) & set(chunks_of(oracle)[:5]))
+        everything = small_memory.search(
+            query, config=config("hybrid", k=1000, beam=4096, lexical="signatures", decoder=False)
+        )
+        assert {hit.chunk: hit.score for hit in everything.hits} == scores
+    assert shared >= 0.9 * 5 * len(QUESTIONS)
 
 
 def test_hybrid_without_known_words_is_the_walk(small_memory: Memory) -> None:
@@ -328,7 +344,7 @@ def test_paths_run_from_the_top_through_parents(small_memory: Memory, mode: Mode
     top = len(levels) + 1
     query = QUESTIONS[1]
     embedded = for_nodes(small_memory, query)
-    for hit in small_memory.search(query, 200, mode=mode).hits:
+    for hit in small_memory.search(query, config=config(mode, k=200, lexical="index")).hits:
         assert [step.level for step in hit.path] == list(range(top, 0, -1))
         for parent, child in zip(hit.path, hit.path[1:], strict=False):
             level = levels[parent.level - 2]
@@ -337,9 +353,10 @@ def test_paths_run_from_the_top_through_parents(small_memory: Memory, mode: Mode
             assert parent.score == pytest.approx(float(vector @ embedded) / np.linalg.norm(vector), abs=STEP)
 
 
-def test_a_node_has_one_score(small_memory: Memory) -> None:
+@pytest.mark.parametrize("lexical", ["index", "signatures"])
+def test_a_node_has_one_score(small_memory: Memory, lexical: str) -> None:
     for query in QUESTIONS:
-        result = small_memory.search(query, 20, mode="hybrid", beam=6)
+        result = small_memory.search(query, config=config("hybrid", k=20, beam=6, lexical=lexical))
         gathered = {(level.level, node.node): node.score for level in result.gathered[:-1] for node in level.nodes}
         steps = [step for hit in result.hits for step in hit.path[:-1]]
         met = [step for step in steps if (step.level, step.node) in gathered]
@@ -365,7 +382,7 @@ def test_chunks_beside_the_best_are_scored(small_memory: Memory, mode: Mode) -> 
     image = small_memory.image
     gained = 0
     for query in QUESTIONS:
-        few = config(mode, k=1000, beam=2, beside=0, decoder=False)
+        few = config(mode, k=1000, beam=2, beside=0, lexical="index", decoder=False)
         without = small_memory.searcher.search([query], few)[0]
         result = small_memory.searcher.search([query], replace(few, beside=1))[0]
         walked = small_memory.searcher.search([query], replace(few, mode="walk", k=2))[0]

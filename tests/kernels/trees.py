@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from treemem.kernels import LevelBlocks, LexicalIndex, Masks, ServingTree, first_rows, quantise
+from treemem.kernels import (
+    LevelBlocks,
+    LexicalIndex,
+    Masks,
+    ServingTree,
+    Signatures,
+    Words,
+    first_rows,
+    quantise,
+    reference,
+)
 
 
 def random_tree(
@@ -72,3 +82,32 @@ def random_index(generator: np.random.Generator, chunks: int, *, vocabulary: int
     return LexicalIndex(
         offsets, all_terms, counts.astype(np.uint16) if wide else counts.clip(1, 255).astype(np.uint8), norms
     )
+
+
+def signatures_of(tree: ServingTree, index: LexicalIndex) -> tuple[Signatures, ...]:
+    """The signatures of all levels, top first."""
+    counts = index.counts.astype(np.float32)
+    parts = counts / (counts + np.repeat(index.norms, np.diff(index.offsets)))
+    offsets, terms, shares = index.offsets, index.terms, np.ceil(parts * 255).clip(1, 255).astype(np.uint8)
+    values = index.counts.clip(1, 255).astype(np.uint8)
+    made: list[Signatures] = []
+    for blocks in tree.levels[::-1]:
+        own, shares = reference.signatures(blocks.offsets, blocks.ids, offsets, terms, shares, values)
+        offsets, terms, values = own.offsets, own.terms, shares
+        made.insert(0, own)
+    return tuple(made)
+
+
+def random_words(generator: np.random.Generator, tree: ServingTree, batch: int, *, vocabulary: int = 40) -> Words:
+    """Up to 6 terms a query, some of them unknown."""
+    index = random_index(generator, tree.sizes[-1], vocabulary=vocabulary)
+    offsets = np.cumsum([0, *generator.integers(0, 7, batch)], dtype=np.int64)
+    terms = generator.integers(-1, vocabulary + 5, offsets[-1]).astype(np.int32)
+    weights = (10 * generator.random(len(terms))).astype(np.float32)
+    return Words(index, signatures_of(tree, index), offsets, terms, weights, 0.4, float(generator.choice([0.0, 1.0])))
+
+
+def random_ends(generator: np.random.Generator, chunks: int) -> NDArray[np.int64]:
+    """Where the documents of so many chunks end; some have none."""
+    inner = np.sort(generator.integers(0, chunks + 1, generator.integers(0, 1 + chunks // 3 + 1)))
+    return np.append(inner, chunks).astype(np.int64)

@@ -1,0 +1,130 @@
+"""Lexical signatures of a tree's nodes: which terms stand below each, and how much of a chunk they make up at most.
+
+With them a walk weighs words at every level, so that it needs no inverted index of all chunks; its cost grows with the
+logarithm of the memory, where posting lists grow with the memory. What is kept of a block of children is a small
+inverted index of its own, so that a query's term is looked up once for all of them (compare the block maxima of Ding
+and Suel 2011, "Faster top-k document retrieval using block-max indexes").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treemem.kernels import LexicalIndex, ServingTree, Signatures, back_end
+from treemem.kernels.reference import signature_kinds
+from treemem.storage.files import write_npy
+from treemem.types import Progress, no_progress
+
+_PARTS = ("offsets", "terms", "bases", "starts", "slots", "values")
+_STEP = 1 << 22
+"""About so many entries are worked on at once."""
+
+
+def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progress: Progress = no_progress) -> None:
+    """Write the signatures of all levels, bottom up, in bounded memory.
+
+    Args:
+        folder: gets the files that `read_signatures` reads.
+        tree: as it is served.
+        index: the terms of its chunks.
+        progress: told about rows.
+    """
+    scratch = [folder / "signature-shares", folder / "signature-counts"]
+    offsets, terms = np.asarray(index.offsets), index.terms
+    shares, values = _written(scratch[0], _shares(index)), _written(scratch[1], _counts(index))
+    for number, blocks in enumerate(tree.levels[::-1], 1):
+        start_kind, slot_kind = signature_kinds(blocks.offsets, blocks.ids, offsets)
+        kinds = {"terms": np.int32, "starts": start_kind, "slots": slot_kind, "values": np.uint8, "largest": np.uint8}
+        files = {name: folder / f"signature-{name}-{number}" for name in kinds}
+        scratch += files.values()
+        ends = {"offsets": [np.zeros(1, np.int64)], "bases": [np.zeros(1, np.int64)]}
+        with ExitStack() as stack:
+            opened = {name: stack.enter_context(file.open("wb")) for name, file in files.items()}
+            for first, last in _slices(blocks.offsets, blocks.ids, offsets):
+                start, end = blocks.offsets[first], blocks.offsets[last]
+                made, largest = back_end().signatures(
+                    blocks.offsets[first : last + 1] - start, blocks.ids[start:end], offsets, terms, shares, values
+                )
+                for name, file in opened.items():
+                    array = largest if name == "largest" else getattr(made, name)
+                    file.write(np.ascontiguousarray(array, kinds[name]).data)
+                ends["offsets"].append(ends["offsets"][-1][-1] + made.offsets[1:])
+                ends["bases"].append(ends["bases"][-1][-1] + made.bases[1:])
+                progress(f"words of level {number + 1}", float(end), float(len(blocks.ids)))
+        arrays = {name: _mapped(file, kinds[name]) for name, file in files.items()}
+        arrays |= {name: np.concatenate(parts) for name, parts in ends.items()}
+        for name in _PARTS:
+            own = arrays[name]
+            write_npy(_file(folder, number, name), own.dtype, own.shape, _blocks(own))
+        offsets, terms, shares = arrays["offsets"], arrays["terms"], arrays["largest"]
+        values = shares
+    del terms, shares, values, arrays
+    for path in scratch:
+        path.unlink()
+
+
+def read_signatures(folder: Path, tree: ServingTree) -> tuple[Signatures, ...]:
+    """What `write_signatures` wrote, memory-mapped, top first.
+
+    Raises DamagedMemory where the arrays do not fit the tree.
+    """
+    out = []
+    for blocks, number in zip(tree.levels, range(tree.depth, 0, -1), strict=True):
+        arrays = (np.load(_file(folder, number, name), mmap_mode="r", allow_pickle=False) for name in _PARTS)
+        own = Signatures(*arrays)
+        own.check(blocks.offsets)
+        out.append(own)
+    return tuple(out)
+
+
+def _file(folder: Path, number: int, name: str) -> Path:
+    return folder / f"level-{number}-words-{name}.npy"
+
+
+def _shares(index: LexicalIndex) -> Iterator[np.ndarray]:
+    """Of each entry of the index its share `count / (count + norm)` in 255ths, rounded up."""
+    first = 0
+    while first < index.size:
+        last = int(np.searchsorted(index.offsets, index.offsets[first] + _STEP, side="right")) - 1
+        last = min(max(last, first + 1), index.size)
+        counts = index.counts[index.offsets[first] : index.offsets[last]].astype(np.float32)
+        norms = np.repeat(index.norms[first:last], np.diff(index.offsets[first : last + 1]))
+        yield np.ceil(255 * (counts / (counts + norms))).clip(1, 255).astype(np.uint8)
+        first = last
+
+
+def _counts(index: LexicalIndex) -> Iterator[np.ndarray]:
+    for block in _blocks(index.counts):
+        yield np.minimum(block, 255).astype(np.uint8)
+
+
+def _slices(offsets: np.ndarray, ids: np.ndarray, child_offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of parents with about `_STEP` entries below."""
+    entries = np.concatenate([[0], np.cumsum(np.diff(child_offsets)[ids])])[offsets]
+    first = 0
+    while first < len(offsets) - 1:
+        last = int(np.searchsorted(entries, entries[first] + _STEP, side="right")) - 1
+        last = min(max(last, first + 1), len(offsets) - 1)
+        yield first, last
+        first = last
+
+
+def _written(path: Path, blocks: Iterator[np.ndarray]) -> np.ndarray:
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block.data)
+    return _mapped(path, np.uint8)
+
+
+def _mapped(path: Path, kind: Any) -> np.ndarray:
+    return np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), _STEP):
+        yield array[start : start + _STEP]
