@@ -31,8 +31,6 @@ CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""
 TITLE_TOKENS = 32
 """How much of its document's title a chunk's tokens are read with, where the encoder has room for it."""
-NODE_WORDS = 2.5
-"""So many times as much as at a chunk is the best sum of words worth at a node, where nodes' words are looked at."""
 _NO_WALK = Found(
     np.empty((0, 1, 0), np.int32),
     np.empty((0, 1, 0), np.float32),
@@ -266,16 +264,10 @@ class Searcher:
 
     def _words(self, query: EmbeddedQuery, config: SearchConfig) -> Words:
         """What a walk by both signals is told of a query's words."""
-        known, weight = self.image.lexical.query(query.text), self.bm25_weight(config)
-        return Words(
-            self.image.lexical.index,
-            self.image.signatures,
-            np.array([0, len(known.terms)]),
-            known.terms,
-            known.weights,
-            weight,
-            NODE_WORDS * weight,
-        )
+        known, ends = self.image.lexical.query(query.text), np.zeros(2, np.int64)
+        ends[1] = len(known.terms)
+        index, signatures = self.image.lexical.index, self.image.signatures
+        return Words(index, signatures, ends, known.terms, known.weights, self.bm25_weight(config))
 
     def asked(self, vectors: Float32[np.ndarray, "m d"]) -> Float32[np.ndarray, "depth m d"]:
         """Query embeddings as each level is compared with them, top first.

@@ -259,7 +259,7 @@ def _readonly(array: NDArray[Any]) -> NDArray[Any]:
 _NO_ENDS = np.empty(0, np.int64)
 
 
-_Asked = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+_Asked = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]
 _NO_WORDS: _Asked = (
     np.empty((0, 9), np.int64),
     _readonly(np.empty(0, np.int64)),
@@ -269,7 +269,6 @@ _NO_WORDS: _Asked = (
     _readonly(np.empty(0, np.int64)),
     _readonly(np.empty(0, np.int32)),
     _readonly(np.empty(0, np.float32)),
-    np.float32(0),
     np.float32(0),
 )
 """What compiled code takes where a search is by vectors alone."""
@@ -302,7 +301,7 @@ def _asked(tree: ServingTree, words: Words) -> _Asked:
         offsets, terms, counts, norms = map(_readonly, (index.offsets, index.terms, index.counts, index.norms))
         stored = _stored[index] = _Stored(words.signatures, table, (offsets, terms, counts, norms))
     given = _readonly(words.offsets), _readonly(words.terms), _readonly(words.weights)
-    return stored.table, *stored.arrays, *given, np.float32(words.chunk_weight), np.float32(words.node_weight)
+    return stored.table, *stored.arrays, *given, np.float32(words.weight)
 
 
 def _threads() -> int:
@@ -667,8 +666,7 @@ def _search_slice(
     query_offsets: _Ints,
     query_terms: _Ids,
     query_weights: _Floats,
-    chunk_weight: np.float32,
-    node_weight: np.float32,
+    weight: np.float32,
     first: int,
     last: int,
     nodes: _Ids,
@@ -718,7 +716,6 @@ def _search_slice(
                 for i in range(count):
                     sums[i] = block_sums[places[i]]
             best = _largest(sums, count)
-            weight = chunk_weight if at_chunks else node_weight
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])
             if at_chunks:
@@ -752,7 +749,7 @@ def _search_slice(
                     sums[i] = _bm25(ids[i], word_offsets, word_terms, word_counts, norms, query, weights)
         best_sums[b] = _largest(sums, count) if with_words else np.float32(0)
         for i in range(count):
-            keys[i] = _key(_combined(cosines[i], sums[i], best_sums[b], chunk_weight), ids[i])
+            keys[i] = _key(_combined(cosines[i], sums[i], best_sums[b], weight), ids[i])
             places[i] = keys[i]
         width = _keep_best(keys, count, heap[:k])
         chunks[:, b] = -1

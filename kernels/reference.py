@@ -152,6 +152,7 @@ def search(
     chunks, parents = np.full((batch, k), -1, np.int32), np.full((batch, k), -1, np.int32)
     scores, cosines = np.full((batch, k), -np.inf, np.float32), np.full((batch, k), -np.inf, np.float32)
     sums, best, scored = np.zeros((batch, k), np.float32), np.zeros(batch, np.float32), np.zeros(batch, np.int64)
+    weight = 0.0 if words is None else words.weight
     for b in range(batch):
         asked = None if words is None else slice(*words.offsets[b : b + 2].tolist())
         frontier = np.zeros(1, np.int32)
@@ -167,13 +168,11 @@ def search(
             scored[b] += len(rows)
             if at_chunks:
                 break
-            weight = 0.0 if words is None else words.node_weight
             values = combined(own, own_sums, own_sums.max(initial=0), weight)
             order = np.lexsort((ids, -values))[:beam]
             frontier = ids[order]
             nodes[level, b, : len(order)] = frontier
             node_scores[level, b, : len(order)] = values[order]
-        weight = 0.0 if words is None else words.chunk_weight
         if beside and ends is not None:
             values = combined(own, own_sums, own_sums.max(initial=0), weight)
             near = _beside(ids[np.lexsort((ids, -values))[:beam]], ids, beside, ends, mask)
@@ -419,8 +418,8 @@ def checked_words(tree: ServingTree, words: Words | None, batch: int) -> None:
         raise InputError(f"word offsets of shape {offsets.shape} for {batch} queries and {len(words.terms)} terms")
     if len(words.signatures) != tree.depth or words.index.size != tree.sizes[-1]:
         raise InputError("signatures and words' index are of another tree")
-    if not all(np.isfinite(weight) and weight >= 0 for weight in (words.chunk_weight, words.node_weight)):
-        raise InputError("a weight of words is negative or not finite")
+    if not (np.isfinite(words.weight) and words.weight >= 0):
+        raise InputError(f"weight of words = {words.weight}: it must be a finite number, 0 or more")
 
 
 def check_at_least_1(name: str, value: int) -> None:

@@ -162,10 +162,8 @@ class Words:
     """[terms] term numbers, in the order in which they are summed."""
     weights: NDArray[np.float32]
     """[terms] idf * (k1 + 1) * count in the query."""
-    chunk_weight: float
-    """What the best sum of a query's terms is worth beside a cosine, at the chunks."""
-    node_weight: float
-    """The same at the nodes of each level."""
+    weight: float
+    """What the best sum of a query's terms at a level is worth beside a cosine."""
 
 
 @dataclass(frozen=True, eq=False)

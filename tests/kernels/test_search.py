@@ -155,7 +155,7 @@ def test_a_beam_over_everything_is_the_convex_sum(kernels: BackEnd) -> None:
     generator = np.random.default_rng(5)
     tree = random_tree(generator, 120)
     query = random_queries(generator, tree, 3)
-    words = random_words(generator, tree, 3)
+    words = replace(random_words(generator, tree, 3), weight=0.4)
     found = kernels.search(tree, query, 1000, 120, words=words)
     everything = np.arange(120, dtype=np.int32)
     for b in range(3):
@@ -182,7 +182,7 @@ def test_words_lead_where_vectors_do_not(kernels: BackEnd) -> None:
         rare[index.offsets[place + 1] - 1] = 1000
         own = replace(index, terms=rare)
         words = Words(
-            own, signatures_of(tree, own), np.array([0, 1]), np.array([1000], np.int32), np.ones(1, np.float32), 3, 3
+            own, signatures_of(tree, own), np.array([0, 1]), np.array([1000], np.int32), np.ones(1, np.float32), 3
         )
         found = kernels.search(tree, random_queries(generator, tree, 1), 1, 1, words=words)
         assert found.chunks.tolist() == [[place]]
@@ -243,7 +243,7 @@ def test_bad_input(kernels: BackEnd) -> None:
         ("the last must be 50", {"beside": 1, "ends": np.array([49])}),
         ("word offsets", {"words": part(words, 0)}),
         ("another tree", {"words": replace(words, signatures=())}),
-        ("weight of words", {"words": replace(words, node_weight=-1.0)}),
+        ("weight of words", {"words": replace(words, weight=-1.0)}),
         ("not finite", {"words": replace(words, weights=np.full(len(words.terms), np.nan, np.float32))}),
     ):
         with pytest.raises(InputError, match=message):

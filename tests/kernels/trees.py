@@ -104,7 +104,7 @@ def random_words(generator: np.random.Generator, tree: ServingTree, batch: int, 
     offsets = np.cumsum([0, *generator.integers(0, 7, batch)], dtype=np.int64)
     terms = generator.integers(-1, vocabulary + 5, offsets[-1]).astype(np.int32)
     weights = (10 * generator.random(len(terms))).astype(np.float32)
-    return Words(index, signatures_of(tree, index), offsets, terms, weights, 0.4, float(generator.choice([0.0, 1.0])))
+    return Words(index, signatures_of(tree, index), offsets, terms, weights, float(generator.choice([0.0, 0.4])))
 
 
 def random_ends(generator: np.random.Generator, chunks: int) -> NDArray[np.int64]:
