@@ -253,13 +253,13 @@ class Searcher:
             chunks = scope.chunks
             cosines = self._cosines(asked, chunks)
             scored += len(chunks)
+            if config.mode == "walk":
+                return _ranked(chunks, cosines, scored, found)
         else:
             met = found.chunks[0] >= 0
             chunks, cosines = found.chunks[0][met], found.cosines[0][met]
             if config.mode == "walk" or words is not None:
                 return Ranked(chunks, found.scores[0][met], scored, found)
-        if config.mode == "walk":
-            return _ranked(chunks, cosines, scored, found)
         return self._both(query, asked, chunks, cosines, config, scope, scored, found)
 
     def _words(self, query: EmbeddedQuery, config: SearchConfig) -> Words:

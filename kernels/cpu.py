@@ -257,8 +257,6 @@ def _readonly(array: NDArray[Any]) -> NDArray[Any]:
 
 
 _NO_ENDS = np.empty(0, np.int64)
-
-
 _Asked = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]
 _NO_WORDS: _Asked = (
     np.empty((0, 9), np.int64),
@@ -276,8 +274,9 @@ _NO_WORDS: _Asked = (
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """A checked index with its signatures as compiled code takes them."""
+    """An index with its signatures, checked against a tree, as compiled code takes them."""
 
+    tree: ServingTree
     signatures: tuple[Signatures, ...]
     table: NDArray[np.int64]
     arrays: tuple[Any, Any, Any, Any]
@@ -290,7 +289,7 @@ def _asked(tree: ServingTree, words: Words) -> _Asked:
     """Words as compiled code takes them."""
     index = words.index
     stored = _stored.get(index)
-    if stored is None or stored.signatures is not words.signatures:
+    if stored is None or stored.tree is not tree or stored.signatures is not words.signatures:
         index.check()
         table = np.zeros((len(words.signatures), 9), np.int64)
         for line, own, blocks in zip(table, words.signatures, tree.levels, strict=True):
@@ -299,7 +298,7 @@ def _asked(tree: ServingTree, words: Words) -> _Asked:
             line[:6] = [_address(array) for array in arrays]
             line[6:] = own.starts.itemsize, own.slots.itemsize, len(own.terms)
         offsets, terms, counts, norms = map(_readonly, (index.offsets, index.terms, index.counts, index.norms))
-        stored = _stored[index] = _Stored(words.signatures, table, (offsets, terms, counts, norms))
+        stored = _stored[index] = _Stored(tree, words.signatures, table, (offsets, terms, counts, norms))
     given = _readonly(words.offsets), _readonly(words.terms), _readonly(words.weights)
     return stored.table, *stored.arrays, *given, np.float32(words.weight)
 
@@ -558,11 +557,7 @@ def _walk_slice(
 
 @_compiled
 def _find(terms: _Ids, low: int, end: int, term: np.int32) -> int:
-    """Where a term stands among rising ones, -1 where it does not.
-
-    Halves without a branch that depends on what is read: which way it goes cannot be foreseen, and a wrong guess costs
-    more than a step.
-    """
+    """Where a term stands among rising ones, -1 where it does not; by bisection."""
     length = end - low
     while length > 1:
         half = length >> 1
@@ -735,7 +730,7 @@ def _search_slice(
                 document = np.searchsorted(ends, chunk, side="right")
                 if document == len(ends):
                     continue  # ends that do not rise
-                start = max(chunk - beside, ends[document - 1] if document > 0 else 0)
+                start = max(chunk - beside, ends[document - 1] if document > 0 else 0, 0)
                 for other in range(start, min(chunk + beside + 1, ends[document], line[_SIZE])):
                     if masks[depth - 1] != 0 and mask[other] == 0:
                         continue

@@ -21,6 +21,7 @@ import rich.console
 from tests.hierarchy.test_ask import GROUNDED, ChosenReplies
 
 from treemem import __version__, cli
+from treemem.config import Mode, SearchConfig
 from treemem.errors import ModelError
 from treemem.hierarchy import memory as memory_module
 from treemem.hierarchy import readers
@@ -311,7 +312,7 @@ def pairs(memory: Path, encoder: Encoder, file: Path) -> Path:
 
 def test_train_tells_what_it_did(run: Run, own_memory: Path, minilm: Encoder, tmp_path: Path) -> None:
     asked = pairs(own_memory, minilm, tmp_path / "pairs.jsonl")
-    done = run("train", own_memory, "--queries", asked, "--levels", "1,2", "--minutes", "0.1", "--save", tmp_path / "w")
+    done = run("train", own_memory, "--queries", asked, "--levels", "1,2", "--minutes", "1", "--save", tmp_path / "w")
     assert done.code == 0, done.err
     assert re.search(r"Trained on \d+ labelled questions in \d+ s; \d+ held-out questions decide:", done.out)
     for shown in ("walk hit@1", "hybrid MRR@10", "level 2 recall@32", "before", "after", "Stage 1-2: level 1"):
@@ -398,6 +399,17 @@ def test_the_query_from_standard_input(run: Run, small_memory_path: Path, stdin:
     )
     assert done.code == 0
     assert ("beekeeping/" in done.out) == bool(stdin)
+
+
+@pytest.mark.parametrize("mode", ["walk", "hybrid"])
+def test_with_and_without_the_decoder(run: Run, small_memory_path: Path, small_memory: Memory, mode: Mode) -> None:
+    told = []
+    for option, decoder in (("--decoder", True), ("--no-decoder", False)):
+        done = run("search", small_memory_path, "Why does smoke calm bees?", "--mode", mode, option, "--json")
+        expected = small_memory.search("Why does smoke calm bees?", config=SearchConfig(mode, decoder=decoder))
+        told.append([hit["score"] for hit in json.loads(done.out)["hits"]])
+        assert told[-1] == [pytest.approx(hit.score, abs=1e-6) for hit in expected.hits]
+    assert told[0] != told[1]
 
 
 def test_within_one_and_several_documents(run: Run, small_memory_path: Path) -> None:
