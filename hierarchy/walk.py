@@ -215,6 +215,25 @@ class Searcher:
             return ranked
         return self._decoded(query, asked, ranked, config, decoder)
 
+    def nearest(
+        self, vectors: Float32[np.ndarray, "queries d"], k: int = 10, beam: int = 32, *, beside: int | None = None
+    ) -> Found:
+        """Walk for many embeddings at once, by vectors alone: for those who bring their own.
+
+        Args:
+            vectors: unit vectors of the memory's encoder, one a query.
+            k: how many chunks each gets.
+            beam: how many nodes a walk keeps per level.
+            beside: how many neighbours of the best chunks are scored too; as in `SearchConfig` by default.
+
+        Raises:
+            InputError: wrong shapes, or k or beam below 1.
+            ModelError: a vector is not finite.
+        """
+        near = SearchConfig().beside if beside is None else beside
+        asked = self.asked(vectors)[:, :, None]
+        return self.kernels.search(self.image.tree, asked, beam, k, beside=near, ends=self.image.chunk_ends)
+
     def _candidates(self, query: EmbeddedQuery, asked: np.ndarray, config: SearchConfig, scope: Scope | None) -> Ranked:
         """What a mode looks at, ranked by cosines, or by the convex sum of both signals."""
         if config.mode == "exact":

@@ -8,7 +8,6 @@ from treemem.kernels.tree import (
     LexicalIndex,
     ServingTree,
     Signatures,
-    Walked,
     Words,
     first_rows,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "Masks",
     "ServingTree",
     "Signatures",
-    "Walked",
     "Words",
     "back_end",
     "first_rows",

@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import carray  # type: ignore[attr-defined]
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -37,11 +38,13 @@ from treemem.kernels.reference import (
     checked_words,
     signature_kinds,
 )
-from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Walked, Words
+from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Words
 
 THREADS = "TREEMEM_THREADS"
 """Environment variable: how many threads share a batch; as many as there are cores by default."""
 
+_AHEAD = 24  # rows asked for before they are scored: 9 KB of 384 components
+_LINE = 64  # bytes that memory hands out at once
 _BLOCK = 512  # rows that exact search compares with every query while they are in the cache
 _NO_KEY = np.iinfo(np.int64).max  # worse than any key
 
@@ -53,39 +56,6 @@ _Ids = NDArray[np.int32]
 _Floats = NDArray[np.float32]
 _Int16s = NDArray[np.int16]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def walk(tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Masks | None = None) -> Walked:
-    """`reference.walk`, compiled."""
-    prepared = _prepare(tree)
-    queries = checked_queries(tree, queries, levels=True)
-    masks = checked_masks(tree, allowed)
-    check_at_least_1("beam", beam)
-    depth, batch = queries.shape[:2]
-    most = prepared.most_entries(depth - 1, beam)
-    nodes = np.full((depth - 1, batch, beam), -1, np.int32)
-    node_scores = np.full(nodes.shape, -np.inf, np.float32)
-    chunks = np.empty((batch, min(most, tree.sizes[-1])), np.int32)
-    chunk_scores = np.empty(chunks.shape, np.float32)
-    chunk_parents = np.empty(chunks.shape, np.int32)
-    scored = np.zeros(batch, np.int64)
-    found = np.zeros(batch, np.int64)
-    capacity = max(prepared.most_entries(level, beam) for level in range(depth))
-    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, capacity, most)
-
-    def run(start: int, end: int) -> None:
-        _walk_slice(*given, start, end, nodes, node_scores, chunks, chunk_scores, chunk_parents, scored, found)
-
-    _in_slices(run, batch, least=8)
-    width = int(found.max(initial=0))
-    return Walked(
-        nodes,
-        node_scores,
-        np.ascontiguousarray(chunks[:, :width]),
-        np.ascontiguousarray(chunk_scores[:, :width]),
-        np.ascontiguousarray(chunk_parents[:, :width]),
-        scored,
-    )
 
 
 def search(
@@ -113,11 +83,10 @@ def search(
     node_scores = np.empty(nodes.shape, np.float32)
     ids, values = np.empty((2, batch, k), np.int32), np.empty((3, batch, k), np.float32)
     best, scored = np.empty(batch, np.float32), np.empty(batch, np.int64)
-    capacity = max(prepared.most_entries(level, beam) for level in range(depth))
     near = min(2 * beside * beam, tree.sizes[-1])
     asked = _NO_WORDS if words is None else _asked(tree, words)
-    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, capacity, near)
-    documents = (_readonly(tree.first_row), _readonly(_NO_ENDS if ends is None else ends), beside)
+    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, prepared.capacity(beam), near)
+    documents = (prepared.first_row, _readonly(_NO_ENDS if ends is None else ends), beside)
     results: Any = (nodes, node_scores, ids, values, best, scored)
 
     def run(start: int, end: int) -> None:
@@ -163,7 +132,7 @@ def exact(
 
     def scan(start: int, end: int) -> None:
         keys = np.full((len(queries), k), _NO_KEY)
-        _exact_slice(line, _readonly(tree.first_row), mask, _readonly(queries), start, end, keys)
+        _exact_slice(line, prepared.first_row, mask, _readonly(queries), start, end, keys)
         kept.append(keys)
 
     _in_slices(scan, int(line[_ENTRIES]), least=4096)
@@ -180,7 +149,7 @@ def score_chunks(tree: ServingTree, queries: NDArray[np.float32], ids: NDArray[n
     queries = checked_queries(tree, queries, levels=False)
     ids = checked_chunks(ids, tree.sizes[-1], (len(queries), -1))
     scores = np.empty(ids.shape, np.float32)
-    arguments = (prepared.table[-1], _readonly(tree.first_row), _readonly(queries), _readonly(ids))
+    arguments = (prepared.table[-1], prepared.first_row, _readonly(queries), _readonly(ids))
     _in_slices(lambda start, end: _score_slice(*arguments, start, end, scores), len(queries), least=8)
     return scores
 
@@ -211,12 +180,16 @@ class _Prepared:
     """A checked tree as compiled code takes it: by address, so that one compilation serves every depth."""
 
     table: NDArray[np.int64]
+    first_row: NDArray[np.int64]
     arrays: tuple[NDArray[Any], ...]  # keeps what the addresses point to
+    capacities: dict[int, int] = field(default_factory=dict)
 
-    def most_entries(self, level: int, beam: int) -> int:
-        """How many rows a walk can meet at a level, counted from the top."""
-        line = self.table[level]
-        return int(min(min(beam, line[_PARENTS]) * line[_LARGEST], line[_ENTRIES]))
+    def capacity(self, beam: int) -> int:
+        """How many rows a walk can meet at any level."""
+        if beam not in self.capacities:
+            most = np.minimum(beam, self.table[:, _PARENTS]) * self.table[:, _LARGEST]
+            self.capacities[beam] = int(np.minimum(most, self.table[:, _ENTRIES]).max())
+        return self.capacities[beam]
 
 
 _trees: WeakKeyDictionary[ServingTree, _Prepared] = WeakKeyDictionary()
@@ -235,7 +208,7 @@ def _prepare(tree: ServingTree) -> _Prepared:
             line[_ROWS : _OFFSETS + 1] = [_address(array) for array in own]
             line[_ENTRIES], line[_PARENTS], line[_SIZE] = len(blocks.ids), len(blocks.offsets) - 1, size
             line[_LARGEST] = np.diff(blocks.offsets).max(initial=0)
-        prepared = _trees[tree] = _Prepared(table, tuple(arrays))
+        prepared = _trees[tree] = _Prepared(table, _readonly(tree.first_row), tuple(arrays))
     return prepared
 
 
@@ -343,6 +316,23 @@ def _pointer(kind: Any) -> Any:
 
 
 _int8_at, _uint8_at, _int32_at = _pointer(types.int8), _pointer(types.uint8), _pointer(types.int32)
+
+
+def _prefetching(_: Any, address: Any) -> Any:
+    """A compiled function that asks for the cache line at an address without waiting for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # For reading, to be kept in all caches, of data.
+        builder.call(function, [builder.inttoptr(arguments[0], byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+_prefetch: Any = intrinsic(_prefetching)
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 
 
@@ -362,20 +352,34 @@ def _quantise_query(query: _Floats, q16: _Int16s) -> np.float32:
 
 
 @_compiled
+def _prefetch_row(line: _Ints, row: int, dimension: int) -> None:
+    start = line[_ROWS] + row * dimension
+    for byte in range(0, dimension, _LINE):
+        _prefetch(start + byte)
+    _prefetch(line[_SCALES] + 4 * row)
+
+
+@_compiled
 def _score_rows(line: _Ints, rows: _Ints, q16: _Int16s, q_scales: _Floats, scores: _Floats) -> None:
     """Score a list of rows for the embeddings of one query: the hot loop.
 
     Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
     vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
     vpmaddwd: 16 products with the query, added in pairs) on 256-bit and vpaddd on 512-bit registers (seen on Zen 4 in
-    the assembly of `_walk_slice`): 10 ns for 384 components in the cache. Two accumulators by hand made it slower.
-    Called once per list of rows, since a call per row cost as much as the row.
+    the assembly of `_search_slice`): 10 ns for 384 components in the cache. Two accumulators by hand made it slower.
+    Called once per list of rows, since a call per row cost as much as the row. Out of the cache it is memory that a
+    walk waits for: rows are asked for `_AHEAD` places before their turn, since a block of some 30 is too short for the
+    processor's own guesses.
     """
     embeddings, dimension = q16.shape
     matrix = carray(_int8_at(line[_ROWS]), (line[_ENTRIES], dimension))
     scales = carray(_float32_at(line[_SCALES]), line[_ENTRIES])
+    for i in range(min(_AHEAD, len(rows))):
+        _prefetch_row(line, rows[i], dimension)
     for i in range(len(rows)):
         row = rows[i]
+        if i + _AHEAD < len(rows):
+            _prefetch_row(line, rows[i + _AHEAD], dimension)
         best = np.float32(-np.inf)
         for m in range(embeddings):
             dot = np.int32(0)
@@ -432,31 +436,6 @@ def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
 
 
 @_compiled
-def _radix_sort(keys: _Ints, owners: _Ids, spare_keys: _Ints, spare_owners: _Ids, count: int) -> tuple[_Ints, _Ids]:
-    """Sort keys, rising, and their owners with them, byte by byte; bytes that are equal in all keys cost one look."""
-    starts = np.empty(256, np.int64)
-    for byte in range(8):
-        shift = 8 * byte
-        flip = 0x80 if byte == 7 else 0  # signed numbers: negative ones come first
-        starts[:] = 0
-        for i in range(count):
-            starts[((keys[i] >> shift) & 0xFF) ^ flip] += 1
-        if count == 0 or starts[((keys[0] >> shift) & 0xFF) ^ flip] == count:
-            continue
-        total = 0
-        for digit in range(256):
-            starts[digit], total = total, total + starts[digit]
-        for i in range(count):
-            digit = ((keys[i] >> shift) & 0xFF) ^ flip
-            place = starts[digit]
-            starts[digit] = place + 1
-            spare_keys[place], spare_owners[place] = keys[i], owners[i]
-        keys, spare_keys = spare_keys, keys
-        owners, spare_owners = spare_owners, owners
-    return keys, owners
-
-
-@_compiled
 def _is_new(table: _Ids, element: np.int32) -> bool:
     """Enter an element into an open-addressing table (a power of two long, -1 = free); False if it stood there."""
     last = len(table) - 1
@@ -481,6 +460,9 @@ def _collect(
     ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
     offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
     mask = carray(_uint8_at(mask_address), line[_SIZE])
+    for parent in frontier:
+        for entry in range(offsets[parent], offsets[parent + 1], _LINE // 4):
+            _prefetch(line[_IDS] + 4 * entry)
     table[:] = -1
     count = 0
     place = -1
@@ -495,64 +477,6 @@ def _collect(
             rows[count], owners[count], places[count] = row, parent, place
             count += 1
     return count
-
-
-@_compiled
-def _walk_slice(
-    levels: _Ints,
-    masks: _Ints,
-    queries: _Floats,
-    beam: int,
-    capacity: int,
-    most: int,
-    first: int,
-    last: int,
-    nodes: _Ids,
-    node_scores: _Floats,
-    chunks: _Ids,
-    chunk_scores: _Floats,
-    chunk_parents: _Ids,
-    scored: _Ints,
-    found: _Ints,
-) -> None:
-    """Walk the queries `first` to `last`; all memory that they need is taken here, once."""
-    depth, _, embeddings, dimension = queries.shape
-    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
-    rows, keys, spare_keys = np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int64)
-    owners, spare_owners = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
-    scores, heap, frontier = np.empty(capacity, np.float32), np.empty(beam, np.int64), np.zeros(beam, np.int32)
-    slots = 1
-    while slots < 2 * most:
-        slots *= 2
-    table = np.empty(slots, np.int32)
-    for b in range(first, last):
-        frontier[0] = 0
-        width = 1
-        for level in range(depth):
-            line = levels[level]
-            for m in range(embeddings):
-                q_scales[m] = _quantise_query(queries[level, b, m], q16[m])
-            at_chunks = level == depth - 1
-            used = table if at_chunks else table[:0]
-            count = _collect(line, masks[level], frontier[:width], used, rows, owners, spare_keys)
-            _score_rows(line, rows[:count], q16, q_scales, scores)
-            ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
-            for i in range(count):
-                keys[i] = _key(scores[i], ids[rows[i]])
-            scored[b] += count
-            if not at_chunks:
-                width = _keep_best(keys, count, heap)
-                for i in range(width):
-                    frontier[i] = heap[i] & 0xFFFFFFFF
-                    nodes[level, b, i], node_scores[level, b, i] = frontier[i], _score_of(heap[i])
-        ranked, parents = _radix_sort(keys, owners, spare_keys, spare_owners, count)
-        found[b] = count
-        for i in range(count):
-            chunks[b, i], chunk_scores[b, i] = ranked[i] & 0xFFFFFFFF, _score_of(ranked[i])
-            chunk_parents[b, i] = parents[i] if depth > 1 else -1
-        chunks[b, count:] = -1
-        chunk_scores[b, count:] = -np.inf
-        chunk_parents[b, count:] = -1
 
 
 @_compiled

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from treemem.errors import InputError
 from treemem.kernels.reference import Masks
-from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Walked, Words
+from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Words
 
 VARIABLE = "TREEMEM_KERNELS"
 """Environment variable that names the back end."""
@@ -28,10 +28,6 @@ BACK_ENDS = tuple(_MODULES)
 @runtime_checkable
 class BackEnd(Protocol):
     """The functions that every implementation has; `reference.py` documents and defines them."""
-
-    def walk(self, tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Masks | None = None) -> Walked:
-        """See `reference.walk`."""
-        ...
 
     def search(
         self,

@@ -25,7 +25,6 @@ from treemem.kernels.tree import (
     LexicalIndex,
     ServingTree,
     Signatures,
-    Walked,
     Words,
 )
 
@@ -66,47 +65,6 @@ def quantise_queries(queries: NDArray[np.float32]) -> tuple[NDArray[np.int16], N
     return steps.astype(np.int16), scales
 
 
-def walk(tree: ServingTree, queries: NDArray[np.float32], beam: int, allowed: Masks | None = None) -> Walked:
-    """Search the tree from the top, keeping the best `beam` nodes of every level above the chunks.
-
-    `queries`: float32 [depth, B, M, d], one set of embeddings per level, top first; the score is the maximum over M.
-    `allowed`: uint8 masks per level, top first. All chunks that were scored are returned, each once, by its occurrence
-    under the best-ranked parent.
-    Raises InputError for wrong shapes or a beam below 1, ModelError where a query is not finite.
-    """
-    queries = checked_queries(tree, queries, levels=True)
-    masks = checked_masks(tree, allowed)
-    check_at_least_1("beam", beam)
-    depth, batch = queries.shape[:2]
-    q16, q_scales = quantise_queries(queries)
-    nodes = np.full((depth - 1, batch, beam), -1, np.int32)
-    node_scores = np.full(nodes.shape, -np.inf, np.float32)
-    scored = np.zeros(batch, np.int64)
-    last = []
-    for b in range(batch):
-        frontier = np.zeros(1, np.int32)  # the pseudo-parent
-        for level, blocks in enumerate(tree.levels):
-            rows, parents = _children(blocks, frontier, None if masks is None else masks[level])
-            scores, ids = _scores(blocks, rows, q16[level, b], q_scales[level, b]), blocks.ids[rows]
-            order = np.lexsort((ids, -scores))
-            scored[b] += len(rows)
-            if level < depth - 1:
-                order = order[:beam]
-                frontier = ids[order]
-                nodes[level, b, : len(order)] = frontier
-                node_scores[level, b, : len(order)] = scores[order]
-        last.append((ids[order], scores[order], parents[order]))
-    width = max((len(ids) for ids, _, _ in last), default=0)
-    chunks = np.full((batch, width), -1, np.int32)
-    chunk_scores = np.full((batch, width), -np.inf, np.float32)
-    chunk_parents = np.full((batch, width), -1, np.int32)
-    for b, (ids, scores, parents) in enumerate(last):
-        chunks[b, : len(ids)], chunk_scores[b, : len(ids)] = ids, scores
-        if depth > 1:
-            chunk_parents[b, : len(ids)] = parents
-    return Walked(nodes, node_scores, chunks, chunk_scores, chunk_parents, scored)
-
-
 def search(
     tree: ServingTree,
     queries: NDArray[np.float32],
@@ -120,19 +78,20 @@ def search(
 ) -> Found:
     """Walk the tree by cosines, or by cosines and words, score the best chunks' neighbours too, and return the best k.
 
+    A chunk that stands under several of the kept nodes is scored once, by its row under the best of them.
     With words, the score of a child is `cosine + weight * sum / best sum`, the best sum being that of all children that
     are scored at this level. A node's sum takes each term's share from the signatures, a chunk's is its BM25, but that
     of one term no more than 255 count.
 
     Args:
-        tree: as `walk`.
-        queries: as `walk`.
-        beam: as `walk`.
+        tree: what is searched.
+        queries: float32 [depth, B, M, d], one set of embeddings per level, top first; a score is the maximum over M.
+        beam: how many nodes of every level above the chunks are kept.
         k: how many chunks are returned at most.
         words: both signals; None for vectors alone.
         beside: of each of the best `beam` chunks so many before and after it in its document are scored too.
         ends: int64 [documents], where each document's chunks end, rising; needed for `beside`.
-        allowed: as `walk`.
+        allowed: uint8 masks per level, top first.
 
     Raises:
         InputError: wrong shapes, beam or k below 1, weights that are not finite.
@@ -263,10 +222,10 @@ def signature_kinds(offsets: NDArray[np.int64], ids: NDArray[np.int32], child_of
 def exact(
     tree: ServingTree, queries: NDArray[np.float32], k: int, allowed: Masks | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Score every chunk and return the best k: the oracle of `walk`.
+    """Score every chunk and return the best k: the oracle of `search`.
 
-    `queries`: float32 [B, M, d]. `allowed`: as for `walk`; only the chunks' own mask counts. Returns int32 and float32
-    [B, min(k, chunks)], best first, padded with -1 and -inf.
+    `queries`: float32 [B, M, d]. `allowed`: as for `search`; only the chunks' own mask counts. Returns int32 and
+    float32 [B, min(k, chunks)], best first, padded with -1 and -inf.
     Raises InputError for wrong shapes or k below 1, ModelError where a query is not finite.
     """
     queries = checked_queries(tree, queries, levels=False)
@@ -429,7 +388,8 @@ def check_at_least_1(name: str, value: int) -> None:
 
 
 def _require_finite(values: NDArray[np.float32], axes: tuple[str, ...]) -> None:
-    if not np.isfinite(values).all():
+    # One product tells of almost all vectors; where it overflows they are looked at one by one.
+    if not np.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
         place = zip(axes, np.argwhere(~np.isfinite(values))[0], strict=True)
         where = ", ".join(f"{axis} {index}" for axis, index in place)
         raise ModelError(f"a vector is not finite ({where}): the encoder or a ranker gave NaN or infinity")

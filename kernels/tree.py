@@ -190,24 +190,6 @@ class Found:
     """[B] how many vectors were scored, all levels together, each chunk once."""
 
 
-@dataclass(frozen=True, eq=False)
-class Walked:
-    """What a walk met for each of B queries; best first, padded with -1 and -inf."""
-
-    nodes: NDArray[np.int32]
-    """[depth - 1, B, beam] the nodes that each level above the chunks kept."""
-    node_scores: NDArray[np.float32]
-    """[depth - 1, B, beam]"""
-    chunks: NDArray[np.int32]
-    """[B, C] every chunk that was scored; C is the largest number among the queries."""
-    chunk_scores: NDArray[np.float32]
-    """[B, C]"""
-    chunk_parents: NDArray[np.int32]
-    """[B, C] the level-2 node through which the chunk was reached; -1 in a tree without nodes."""
-    scored: NDArray[np.int64]
-    """[B] how many vectors were scored, all levels together, each chunk once."""
-
-
 def first_rows(ids: NDArray[np.int32], size: int) -> NDArray[np.int64]:
     """Where each element stands first.
 

@@ -282,7 +282,7 @@ class Corpus:
         for start in range(0, len(rows), WALK_BATCH):
             part = slice(start, start + WALK_BATCH)
             asked = searcher.asked(pool.vectors[rows[part]])
-            walked = kernels.walk(tree, asked[:, :, None], beam)
+            walked = kernels.search(tree, asked[:, :, None], beam, kept)
             for level in range(len(self.levels)):
                 nodes[level][part], scores[level][part] = walked.nodes[-1 - level], walked.node_scores[-1 - level]
             best = kernels.exact(tree, asked[-1][:, None], kept)[0] if exact else walked.chunks

@@ -33,7 +33,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_back_ends_have_every_function() -> None:
     functions = [name for name in vars(BackEnd) if not name.startswith("_")]
-    assert set(functions) == {"walk", "search", "signatures", "exact", "score_chunks", "bm25_all", "bm25_scores"}
+    assert set(functions) == {"search", "signatures", "exact", "score_chunks", "bm25_all", "bm25_scores"}
     for name in BACK_ENDS:
         assert all(callable(getattr(back_end(name), function)) for function in functions)
 
@@ -53,7 +53,6 @@ def test_exported_names() -> None:
         "Masks",
         "ServingTree",
         "Signatures",
-        "Walked",
         "Words",
         "back_end",
         "first_rows",

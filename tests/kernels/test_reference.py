@@ -83,7 +83,7 @@ def test_walk_is_a_beam_search(seed: int, chunks: int, beam: int, embeddings: in
     # The integers that the query is rounded to, so that near ties fall alike.
     peaks = np.abs(queries).max(axis=-1, keepdims=True)
     queries = (np.round(queries / peaks * 8191) / 8191 * peaks).astype(np.float32)
-    walked = reference.walk(tree, queries, beam)
+    walked = reference.search(tree, queries, beam, chunks)
 
     frontier, scored = [0], 0
     reached: dict[int, tuple[float, int]] = {}
@@ -100,9 +100,9 @@ def test_walk_is_a_beam_search(seed: int, chunks: int, beam: int, embeddings: in
             padded = frontier + [-1] * (beam - len(frontier))
             assert walked.nodes[level, 0].tolist() == padded
     assert walked.scored[0] == scored
-    assert walked.chunks[0].tolist() == ranked
-    assert walked.chunk_parents[0].tolist() == [reached[chunk][1] for chunk in ranked]
-    assert walked.chunk_scores[0] == pytest.approx([reached[chunk][0] for chunk in ranked], abs=1e-4)
+    assert walked.chunks[0, : len(ranked)].tolist() == ranked
+    assert walked.parents[0, : len(ranked)].tolist() == [reached[chunk][1] for chunk in ranked]
+    assert walked.scores[0, : len(ranked)] == pytest.approx([reached[chunk][0] for chunk in ranked], abs=1e-4)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 30))
