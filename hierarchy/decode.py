@@ -82,7 +82,6 @@ class CandidateReader:
             axis=1,
         )
         of_title = [self._title(document) for document in documents.tolist()]
-        rows = image.tree.first_row[chunks]
         blocks = image.tree.levels[-1]
         return decoder_inputs(
             query=vector,
@@ -92,7 +91,7 @@ class CandidateReader:
             idf=lexical.idf(terms),
             weights=weights,
             best_bm25=best,
-            vectors=blocks.rows[rows].astype(np.float32) * blocks.scales[rows, None],
+            vectors=blocks.rows[chunks].astype(np.float32) * blocks.scales[chunks, None],
             cosines=cosines,
             bm25=self.kernels.bm25_scores(lexical.index, words.terms, words.weights, chunks),
             parts=parts[: len(chunks)],

@@ -20,10 +20,9 @@ from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
 from treemem.hierarchy.tokens import TOKEN_WEIGHT, TokenScorer, token_idf
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
-from treemem.kernels import Found, Words, back_end
+from treemem.kernels import Found, Words, back_end, quantise
 from treemem.kernels.reference import quantise_queries
 from treemem.storage.image import Image
-from treemem.storage.levels import unit
 from treemem.storage.lexical import LexicalQuery
 from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResult, Span, TokenMatch
 
@@ -216,7 +215,7 @@ class Searcher:
         return self._decoded(query, asked, ranked, config, decoder)
 
     def nearest(
-        self, vectors: Float32[np.ndarray, "queries d"], k: int = 10, beam: int = 32, *, beside: int | None = None
+        self, vectors: Float32[np.ndarray, "n d"], k: int = 10, beam: int = 32, *, beside: int = SearchConfig.beside
     ) -> Found:
         """Walk for many embeddings at once, by vectors alone: for those who bring their own.
 
@@ -224,15 +223,14 @@ class Searcher:
             vectors: unit vectors of the memory's encoder, one a query.
             k: how many chunks each gets.
             beam: how many nodes a walk keeps per level.
-            beside: how many neighbours of the best chunks are scored too; as in `SearchConfig` by default.
+            beside: how many neighbours of the best chunks are scored too.
 
         Raises:
             InputError: wrong shapes, or k or beam below 1.
             ModelError: a vector is not finite.
         """
-        near = SearchConfig().beside if beside is None else beside
         asked = self.asked(vectors)[:, :, None]
-        return self.kernels.search(self.image.tree, asked, beam, k, beside=near, ends=self.image.chunk_ends)
+        return self.kernels.search(self.image.tree, asked, beam, k, beside=beside, ends=self.image.chunk_ends)
 
     def _candidates(self, query: EmbeddedQuery, asked: np.ndarray, config: SearchConfig, scope: Scope | None) -> Ranked:
         """What a mode looks at, ranked by cosines, or by the convex sum of both signals."""
@@ -295,12 +293,18 @@ class Searcher:
         """
         depth = self.image.tree.depth
         asked = np.empty((depth, *vectors.shape), np.float32)
-        asked[:-1] = unit(vectors @ self.image.query_map) if depth > 1 else 0
+        asked[:-1] = self.kernels.project(*self._query_map, vectors) if depth > 1 else 0
         asked[-1] = vectors
         if self.hierarchy is not None:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
         return asked
+
+    @cached_property
+    def _query_map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The map of queries: its diagonal and, quantised, the rest. Every query reads it whole."""
+        diagonal = np.diagonal(self.image.query_map).astype(np.float32)
+        return diagonal, *quantise(self.image.query_map.T - np.diag(diagonal))
 
     def _cosines(self, asked: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         return self.kernels.score_chunks(self.image.tree, asked[-1][None], chunks[None])[0]
@@ -488,11 +492,6 @@ class Searcher:
             out.append(parents)
         return out
 
-    @cached_property
-    def _node_rows(self) -> list[np.ndarray]:
-        """Of each level but the chunks, bottom up: the row in which a node stands."""
-        return [np.argsort(blocks.ids, kind="stable") for blocks in self.image.tree.levels[-2::-1]]
-
     def _ways(self, asked: np.ndarray, ranked: Ranked, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The nodes above the first `count` chunks and their cosines, level 2 first, then upwards."""
         tree = self.image.tree
@@ -506,9 +505,8 @@ class Searcher:
         steps, scales = quantise_queries(asked[::-1])  # as in the kernels: the walk's scores
         out = []
         for level, blocks in enumerate(tree.levels[-2::-1], 2):
-            rows = self._node_rows[level - 2][nodes]
-            dots = (blocks.rows[rows].astype(np.float64) @ steps[level - 1].T).astype(np.float32)
-            out.append((nodes, (scales[level - 1] * blocks.scales[rows, None] * dots).max(1)))
+            dots = (blocks.rows[nodes].astype(np.float64) @ steps[level - 1].T).astype(np.float32)
+            out.append((nodes, (scales[level - 1] * blocks.scales[nodes, None] * dots).max(1)))
             if level < tree.depth:
                 nodes = self._parents[level - 2][nodes]
         return out

@@ -1,7 +1,7 @@
 """The arithmetic of searching: walks, exact search and BM25 over plain arrays."""
 
 from treemem.kernels.dispatch import BackEnd, back_end
-from treemem.kernels.reference import Masks, quantise, top_k
+from treemem.kernels.reference import Masks, quantise, top_k, upper_halves
 from treemem.kernels.tree import (
     Found,
     LevelBlocks,
@@ -25,4 +25,5 @@ __all__ = [
     "first_rows",
     "quantise",
     "top_k",
+    "upper_halves",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from treemem.errors import InputError
 from treemem.kernels.reference import (
+    COARSE_STEPS,
     QUERY_STEPS,
     STEP,
     TINY,
@@ -32,10 +34,12 @@ from treemem.kernels.reference import (
     check_at_least_1,
     checked_chunks,
     checked_ends,
+    checked_factors,
     checked_masks,
     checked_queries,
     checked_terms,
     checked_words,
+    refined,
     signature_kinds,
 )
 from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, Words
@@ -43,17 +47,18 @@ from treemem.kernels.tree import Found, LexicalIndex, ServingTree, Signatures, W
 THREADS = "TREEMEM_THREADS"
 """Environment variable: how many threads share a batch; as many as there are cores by default."""
 
-_AHEAD = 24  # rows asked for before they are scored: 9 KB of 384 components
+_AHEAD = 24  # rows asked for before they are scored
 _LINE = 64  # bytes that memory hands out at once
 _BLOCK = 512  # rows that exact search compares with every query while they are in the cache
 _NO_KEY = np.iinfo(np.int64).max  # worse than any key
 
 # Columns of the table that describes a tree to compiled code, one line per level.
-_ROWS, _SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST = range(8)
+_ROWS, _SCALES, _UPPER, _UPPER_SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST = range(10)
 
 _Ints = NDArray[np.int64]
 _Ids = NDArray[np.int32]
 _Floats = NDArray[np.float32]
+_Int8s = NDArray[np.int8]
 _Int16s = NDArray[np.int16]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -84,13 +89,15 @@ def search(
     ids, values = np.empty((2, batch, k), np.int32), np.empty((3, batch, k), np.float32)
     best, scored = np.empty(batch, np.float32), np.empty(batch, np.int64)
     near = min(2 * beside * beam, tree.sizes[-1])
+    twice = np.array([refined(beam), refined(max(k, beam if beside else 1))])
     asked = _NO_WORDS if words is None else _asked(tree, words)
-    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, prepared.capacity(beam), near)
-    documents = (prepared.first_row, _readonly(_NO_ENDS if ends is None else ends), beside)
+    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, twice)
+    rooms = (prepared.capacity(beam), near)
+    documents = (_readonly(_NO_ENDS if ends is None else ends), beside)
     results: Any = (nodes, node_scores, ids, values, best, scored)
 
     def run(start: int, end: int) -> None:
-        _search_slice(*given, *documents, *asked, start, end, *results)
+        _search_slice(*given, *rooms, *documents, *asked, start, end, *results)
 
     _in_slices(run, batch, least=8)
     return Found(nodes, node_scores, ids[0], values[0], values[1], values[2], ids[1], best, scored)
@@ -132,10 +139,10 @@ def exact(
 
     def scan(start: int, end: int) -> None:
         keys = np.full((len(queries), k), _NO_KEY)
-        _exact_slice(line, prepared.first_row, mask, _readonly(queries), start, end, keys)
+        _exact_slice(line, mask, _readonly(queries), start, end, keys)
         kept.append(keys)
 
-    _in_slices(scan, int(line[_ENTRIES]), least=4096)
+    _in_slices(scan, int(line[_SIZE]), least=4096)
     keys = np.sort(np.concatenate(kept, axis=1), axis=1)[:, :k]
     ids = np.where(keys == _NO_KEY, -1, keys & 0xFFFFFFFF).astype(np.int32)
     ordered = ~(keys >> 32)
@@ -149,9 +156,20 @@ def score_chunks(tree: ServingTree, queries: NDArray[np.float32], ids: NDArray[n
     queries = checked_queries(tree, queries, levels=False)
     ids = checked_chunks(ids, tree.sizes[-1], (len(queries), -1))
     scores = np.empty(ids.shape, np.float32)
-    arguments = (prepared.table[-1], prepared.first_row, _readonly(queries), _readonly(ids))
+    arguments = (prepared.table[-1], _readonly(queries), _readonly(ids))
     _in_slices(lambda start, end: _score_slice(*arguments, start, end, scores), len(queries), least=8)
     return scores
+
+
+def project(
+    diagonal: NDArray[np.float32], rows: NDArray[np.int8], scales: NDArray[np.float32], queries: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """`reference.project`, compiled."""
+    queries = checked_factors(diagonal, rows, scales, queries)
+    out = np.empty(queries.shape, np.float32)
+    given = _readonly(diagonal), _readonly(rows), _readonly(scales), _readonly(queries)
+    _in_slices(lambda start, end: _project_slice(*given, start, end, out), len(queries), least=32)
+    return out
 
 
 def bm25_all(index: LexicalIndex, terms: NDArray[np.int32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -180,7 +198,6 @@ class _Prepared:
     """A checked tree as compiled code takes it: by address, so that one compilation serves every depth."""
 
     table: NDArray[np.int64]
-    first_row: NDArray[np.int64]
     arrays: tuple[NDArray[Any], ...]  # keeps what the addresses point to
     capacities: dict[int, int] = field(default_factory=dict)
 
@@ -200,15 +217,15 @@ def _prepare(tree: ServingTree) -> _Prepared:
     prepared = _trees.get(tree)
     if prepared is None:
         tree.check()  # compiled code does not look at bounds
-        table = np.zeros((tree.depth, 8), np.int64)
+        table = np.zeros((tree.depth, 10), np.int64)
         arrays: list[NDArray[Any]] = []
         for line, blocks, size in zip(table, tree.levels, tree.sizes, strict=True):
-            own = (blocks.rows, blocks.scales, blocks.ids, blocks.offsets)
+            own = (blocks.rows, blocks.scales, blocks.upper, blocks.upper_scales, blocks.ids, blocks.offsets)
             arrays += own
             line[_ROWS : _OFFSETS + 1] = [_address(array) for array in own]
             line[_ENTRIES], line[_PARENTS], line[_SIZE] = len(blocks.ids), len(blocks.offsets) - 1, size
             line[_LARGEST] = np.diff(blocks.offsets).max(initial=0)
-        prepared = _trees[tree] = _Prepared(table, _readonly(tree.first_row), tuple(arrays))
+        prepared = _trees[tree] = _Prepared(table, tuple(arrays))
     return prepared
 
 
@@ -336,50 +353,136 @@ _prefetch: Any = intrinsic(_prefetching)
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 
 
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+_BYTE_PRODUCTS = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+
+
+def _dotting(_: Any, row: Any, query: Any, pieces: Any) -> Any:
+    """A compiled function: the sum of `half * query` over pieces of 64 components, for a row's upper halves.
+
+    It is built from LLVM's vectors since the loop written out in Python is not vectorised. With AVX-512 VNNI a piece is
+    one load, vpand and vpsrlw with vpand (the two halves), and 2 x vpdpbusd (32 products with the query, added in fours
+    to int32), on 256-bit registers. Elsewhere the halves and the query are widened to int16, multiplied and added
+    (vpmullw and vpaddw on x86-64), 16 products of at most 15 * 127 in a lane before the lanes go over to int32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, query, pieces = arguments
+        lanes, most = 32, 8
+        counter = ir.IntType(64)
+        packed, short, wide = (ir.VectorType(ir.IntType(bits), lanes) for bits in (8, 16, 32))
+        eight = ir.VectorType(ir.IntType(32), 8)
+
+        def constant(kind: Any, value: int) -> Any:
+            return ir.Constant(kind, [value] * kind.count)
+
+        def load(address: Any, offset: int) -> Any:
+            place = builder.inttoptr(builder.add(address, counter(offset)), packed.as_pointer())
+            return builder.load(place, align=1)
+
+        def total_of(vector: Any) -> Any:
+            kind = ir.FunctionType(ir.IntType(32), [vector.type])
+            name = f"llvm.vector.reduce.add.v{vector.type.count}i32"
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
+
+        def by_bytes() -> Any:
+            kind = ir.FunctionType(eight, [eight, eight, eight])
+            add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.256")
+            # Four sums side by side: an addition waits four cycles for the one before it.
+            totals = [cgutils.alloca_once_value(builder, constant(eight, 0)) for _ in range(4)]
+            for total in totals:
+                builder.store(constant(eight, 0), total)
+
+            def add_piece(piece: Any, pair: int) -> None:
+                both = load(builder.add(row, builder.mul(piece, counter(lanes))), 0)
+                at = builder.add(query, builder.mul(piece, counter(2 * lanes)))
+                halves = (builder.and_(both, constant(packed, 15)), builder.lshr(both, constant(packed, 4)))
+                for half, offset, total in zip(halves, (0, lanes), totals[2 * pair :], strict=False):
+                    given = (builder.bitcast(half, eight), builder.bitcast(load(at, offset), eight))
+                    builder.store(builder.call(add, [builder.load(total), *given]), total)
+
+            with cgutils.for_range(builder, builder.lshr(pieces, counter(1))) as loop:
+                first = builder.shl(loop.index, counter(1))
+                add_piece(first, 0)
+                add_piece(builder.add(first, counter(1)), 1)
+            with builder.if_then(builder.trunc(pieces, ir.IntType(1))):
+                add_piece(builder.sub(pieces, counter(1)), 0)
+            left, right, third, last = (builder.load(total) for total in totals)
+            return total_of(builder.add(builder.add(left, right), builder.add(third, last)))
+
+        def by_words() -> Any:
+            total = cgutils.alloca_once_value(builder, constant(wide, 0))
+            builder.store(constant(wide, 0), total)
+            part = cgutils.alloca_once_value(builder, constant(short, 0))
+            groups = builder.udiv(builder.add(pieces, counter(most - 1)), counter(most))
+            with cgutils.for_range(builder, groups) as group:
+                first = builder.mul(group.index, counter(most))
+                left = builder.sub(pieces, first)
+                count = builder.select(builder.icmp_unsigned("<", left, counter(most)), left, counter(most))
+                builder.store(constant(short, 0), part)
+                with cgutils.for_range(builder, count) as loop:
+                    piece = builder.add(first, loop.index)
+                    both = load(builder.add(row, builder.mul(piece, counter(lanes))), 0)
+                    at = builder.add(query, builder.mul(piece, counter(2 * lanes)))
+                    halves = (builder.and_(both, constant(packed, 15)), builder.lshr(both, constant(packed, 4)))
+                    for half, offset in zip(halves, (0, lanes), strict=True):
+                        product = builder.mul(builder.zext(half, short), builder.sext(load(at, offset), short))
+                        builder.store(builder.add(builder.load(part), product), part)
+                builder.store(builder.add(builder.load(total), builder.sext(builder.load(part), wide)), total)
+            return total_of(builder.load(total))
+
+        return by_bytes() if _BYTE_PRODUCTS else by_words()
+
+    return types.int32(types.int64, types.int64, types.int64), generate
+
+
+_dot_of_upper: Any = intrinsic(_dotting)
+
+
 @_compiled
-def _quantise_query(query: _Floats, q16: _Int16s) -> np.float32:
-    """Write [d] float32 as int16 and return the scale."""
+def _quantise_query(query: _Floats, out: _Int8s | _Int16s, steps: int) -> np.float32:
+    """Write [d] float32 as integers and return the scale; what is left of `out` becomes 0."""
+    out[len(query) :] = 0
     peak = np.float32(0)
     for i in range(len(query)):
         peak = max(peak, abs(query[i]))
     if peak <= np.float32(TINY):
-        q16[:] = 0
+        out[:] = 0
         return np.float32(0)
-    scale = peak / np.float32(QUERY_STEPS)
+    scale = peak / np.float32(steps)
     for i in range(len(query)):
-        q16[i] = np.int16(np.rint(query[i] / scale))
+        out[i] = np.int16(np.rint(query[i] / scale))
     return scale
 
 
 @_compiled
-def _prefetch_row(line: _Ints, row: int, dimension: int) -> None:
-    start = line[_ROWS] + row * dimension
-    for byte in range(0, dimension, _LINE):
+def _prefetch_row(rows: int, scales: int, row: int, width: int) -> None:
+    """Ask for a row of `width` bytes, and its scale."""
+    start = rows + row * width
+    for byte in range(0, width, _LINE):
         _prefetch(start + byte)
-    _prefetch(line[_SCALES] + 4 * row)
+    _prefetch(scales + 4 * row)
 
 
 @_compiled
 def _score_rows(line: _Ints, rows: _Ints, q16: _Int16s, q_scales: _Floats, scores: _Floats) -> None:
-    """Score a list of rows for the embeddings of one query: the hot loop.
+    """Score a list of rows for the embeddings of one query.
 
     Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
     vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
     vpmaddwd: 16 products with the query, added in pairs) on 256-bit and vpaddd on 512-bit registers (seen on Zen 4 in
     the assembly of `_search_slice`): 10 ns for 384 components in the cache. Two accumulators by hand made it slower.
-    Called once per list of rows, since a call per row cost as much as the row. Out of the cache it is memory that a
-    walk waits for: rows are asked for `_AHEAD` places before their turn, since a block of some 30 is too short for the
-    processor's own guesses.
+    Called once per list of rows, since a call per row cost as much as the row.
     """
     embeddings, dimension = q16.shape
-    matrix = carray(_int8_at(line[_ROWS]), (line[_ENTRIES], dimension))
-    scales = carray(_float32_at(line[_SCALES]), line[_ENTRIES])
+    matrix = carray(_int8_at(line[_ROWS]), (line[_SIZE], dimension))
+    scales = carray(_float32_at(line[_SCALES]), line[_SIZE])
     for i in range(min(_AHEAD, len(rows))):
-        _prefetch_row(line, rows[i], dimension)
+        _prefetch_row(line[_ROWS], line[_SCALES], rows[i], dimension)
     for i in range(len(rows)):
         row = rows[i]
         if i + _AHEAD < len(rows):
-            _prefetch_row(line, rows[i + _AHEAD], dimension)
+            _prefetch_row(line[_ROWS], line[_SCALES], rows[i + _AHEAD], dimension)
         best = np.float32(-np.inf)
         for m in range(embeddings):
             dot = np.int32(0)
@@ -419,8 +522,8 @@ def _sink(heap: _Ints, place: int, size: int) -> None:
 
 
 @_compiled
-def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
-    """Put the smallest of `count` keys into `heap` in rising order; return how many."""
+def _heap_of_best(keys: _Ints, count: int, heap: _Ints) -> int:
+    """Put the smallest of `count` keys into `heap`, the largest of them first; return how many."""
     size = min(count, len(heap))
     heap[:size] = keys[:size]
     for place in range(size // 2 - 1, -1, -1):
@@ -429,6 +532,13 @@ def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
         if keys[i] < heap[0]:
             heap[0] = keys[i]
             _sink(heap, 0, size)
+    return size
+
+
+@_compiled
+def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
+    """Put the smallest of `count` keys into `heap` in rising order; return how many."""
+    size = _heap_of_best(keys, count, heap)
     for end in range(size - 1, 0, -1):
         heap[0], heap[end] = heap[end], heap[0]
         _sink(heap, 0, end)
@@ -449,34 +559,101 @@ def _is_new(table: _Ids, element: np.int32) -> bool:
 
 
 @_compiled
-def _collect(
-    line: _Ints, mask_address: int, frontier: _Ids, table: _Ids, rows: _Ints, owners: _Ids, places: _Ints
-) -> int:
-    """List the rows below the frontier in its order, with the parent of each; return how many.
+def _meet(
+    line: _Ints,
+    mask_address: int,
+    frontier: _Ids,
+    query: _Floats,
+    q8: _Int8s,
+    q_scales: _Floats,
+    block_sums: _Floats,
+    best: np.float32,
+    weight: np.float32,
+    table: _Ids,
+    heap: _Ints,
+    ids: _Ids,
+    owners: _Ids,
+    sums: _Floats,
+    keys: _Ints,
+) -> tuple[int, int]:
+    """List the elements below the frontier that are to be scored by their rows; return how many, and how many were met.
 
-    `table`: for dropping repeated elements; empty where every element stands once. `places` gets where each row stands
-    among all rows below the frontier.
+    All, where there are no more than `heap` is long; else the best so many by their upper halves: the hot loop. It is
+    memory that it waits for: what the next block holds is asked for while this one is scored, since a block of some 30
+    is too short for the processor's own guesses.
+
+    `block_sums`: the words' shares of the rows below the frontier, in its order; empty without words. `table`: for
+    dropping repeated elements; empty where every element stands once.
     """
-    ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    embeddings, padded = q8.shape
+    pieces, width = padded // 64, padded // 2
     offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
+    elements = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    scales = carray(_float32_at(line[_UPPER_SCALES]), line[_ENTRIES])
     mask = carray(_uint8_at(mask_address), line[_SIZE])
-    for parent in frontier:
-        for entry in range(offsets[parent], offsets[parent + 1], _LINE // 4):
-            _prefetch(line[_IDS] + 4 * entry)
     table[:] = -1
-    count = 0
-    place = -1
+    total = 0
     for parent in frontier:
-        for row in range(offsets[parent], offsets[parent + 1]):
+        total += offsets[parent + 1] - offsets[parent]
+    coarse = total > len(heap)
+    shifts = np.empty(embeddings, np.int32)  # what -120 of every component adds
+    if coarse:
+        heap[:] = _NO_KEY
+        for m in range(embeddings):
+            q_scales[m] = _quantise_query(query[m], q8[m], COARSE_STEPS)
+            shift = np.int32(0)
+            for j in range(padded):
+                shift -= np.int32(120) * np.int32(q8[m, j])
+            shifts[m] = shift
+    # Looked up once: the compiler cannot know that nothing written below is one of them.
+    upper, upper_scales, words_given = line[_UPPER], line[_UPPER_SCALES], len(block_sums) > 0
+    address, scale, shift = q8.ctypes.data, q_scales[0], shifts[0]
+    threshold = _NO_KEY
+    place, count, met = -1, 0, 0
+    for f in range(len(frontier)):
+        parent = frontier[f]
+        ahead, last = 0, 0
+        if f + 1 < len(frontier):
+            ahead, last = offsets[frontier[f + 1]], offsets[frontier[f + 1] + 1]
+        for entry in range(ahead, last, _LINE // 4):
+            _prefetch(line[_IDS] + 4 * entry)
+        for entry in range(offsets[parent], offsets[parent + 1]):
             place += 1
-            element = ids[row]
+            if coarse and ahead < last:
+                _prefetch_row(upper, upper_scales, ahead, width)
+                ahead += 1
+            element = elements[entry]
             if mask_address != 0 and mask[element] == 0:
                 continue
+            met += 1
+            own = block_sums[place] if words_given else np.float32(0)
+            if coarse:
+                row = upper + entry * width
+                dot = np.int32(16 * _dot_of_upper(row, address, pieces) + shift)
+                score = scale * scales[entry] * np.float32(dot)
+                for m in range(1, embeddings):
+                    dot = np.int32(16 * _dot_of_upper(row, address + m * padded, pieces) + shifts[m])
+                    score = max(score, q_scales[m] * scales[entry] * np.float32(dot))
+                key = _key(_combined(score + np.float32(0), own, best, weight), element)
+                if key >= threshold:
+                    continue
+                keys[count] = key
             if len(table) > 0 and not _is_new(table, element):
                 continue
-            rows[count], owners[count], places[count] = row, parent, place
+            if coarse:
+                heap[0] = keys[count]
+                _sink(heap, 0, len(heap))
+                threshold = heap[0]
+            ids[count], owners[count], sums[count] = element, parent, own
             count += 1
-    return count
+    if not coarse:
+        return count, met
+    kept = 0
+    for i in range(count):
+        if keys[i] <= threshold:
+            ids[kept], owners[kept], sums[kept] = ids[i], owners[i], sums[i]
+            kept += 1
+    return kept, met
 
 
 @_compiled
@@ -512,8 +689,8 @@ def _bm25(
 @_compiled
 def _word_sums(
     line: _Ints, own: _Ints, norms: _Floats, frontier: _Ids, query: _Ids, weights: _Floats, sums: _Floats
-) -> None:
-    """Sum the words' shares of all rows below the frontier, in its order, masked ones included.
+) -> int:
+    """Sum the words' shares of all rows below the frontier, in its order, masked ones included; return how many.
 
     `own`: the level's signatures as `_asked` lists them. `norms`: of the chunks; empty at a level of nodes.
     """
@@ -548,6 +725,22 @@ def _word_sums(
                 share = share / (share + norms[ids[children[parent] + slot]]) if len(norms) > 0 else share * STEP
                 sums[base + slot] += weights[t] * share
         base += count
+    return base
+
+
+@_compiled
+def _largest_below(line: _Ints, mask_address: int, frontier: _Ids, block_sums: _Floats) -> np.float32:
+    """The largest sum of the rows below the frontier that are not masked."""
+    offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
+    elements = carray(_int32_at(line[_IDS]), line[_ENTRIES])
+    mask = carray(_uint8_at(mask_address), line[_SIZE])
+    best, place = np.float32(0), 0
+    for parent in frontier:
+        for entry in range(offsets[parent], offsets[parent + 1]):
+            if mask_address == 0 or mask[elements[entry]] != 0:
+                best = max(best, block_sums[place])
+            place += 1
+    return best
 
 
 @_compiled
@@ -572,9 +765,9 @@ def _search_slice(
     queries: _Floats,
     beam: int,
     k: int,
+    twice: _Ints,
     capacity: int,
     near: int,
-    first_row: _Ints,
     ends: _Ints,
     beside: int,
     signature_table: _Ints,
@@ -598,11 +791,12 @@ def _search_slice(
     """Search for the queries `first` to `last`; all memory that they need is taken here, once."""
     depth, _, embeddings, dimension = queries.shape
     q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
+    q8 = np.empty((embeddings, 64 * -(-dimension // 64)), np.int8)
     room = capacity + near
     rows, keys, places = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     owners, ids = np.empty(room, np.int32), np.empty(room, np.int32)
     cosines, sums, block_sums = np.empty(room, np.float32), np.zeros(room, np.float32), np.empty(capacity, np.float32)
-    heap, frontier = np.empty(max(beam, k), np.int64), np.zeros(beam, np.int32)
+    heap, frontier = np.empty(twice.max(), np.int64), np.zeros(beam, np.int32)
     slots = 1
     while slots < 2 * room:
         slots *= 2
@@ -619,24 +813,41 @@ def _search_slice(
         count = 0
         for level in range(depth):
             line = levels[level]
-            for m in range(embeddings):
-                q_scales[m] = _quantise_query(queries[level, b, m], q16[m])
             at_chunks = level == depth - 1
             used = table if at_chunks else table[:0]
-            count = _collect(line, masks[level], frontier[:width], used, rows, owners, places)
-            _score_rows(line, rows[:count], q16, q_scales, cosines)
-            scored[b] += count
-            entries = carray(_int32_at(line[_IDS]), line[_ENTRIES])
-            for i in range(count):
-                ids[i] = entries[rows[i]]
+            below = 0
+            best = np.float32(0)
             if with_words:
                 own_norms = norms if at_chunks else norms[:0]
-                _word_sums(line, signature_table[level], own_norms, frontier[:width], query, weights, block_sums)
-                for i in range(count):
-                    sums[i] = block_sums[places[i]]
-            best = _largest(sums, count)
+                own = signature_table[level]
+                below = _word_sums(line, own, own_norms, frontier[:width], query, weights, block_sums)
+                best = _largest_below(line, masks[level], frontier[:width], block_sums)
+            count, met = _meet(
+                line,
+                masks[level],
+                frontier[:width],
+                queries[level, b],
+                q8,
+                q_scales,
+                block_sums[:below],
+                best,
+                weight,
+                used,
+                heap[: twice[1] if at_chunks else twice[0]],
+                ids,
+                owners,
+                sums,
+                keys,
+            )
+            scored[b] += met
+            for m in range(embeddings):
+                q_scales[m] = _quantise_query(queries[level, b, m], q16[m], QUERY_STEPS)
+            for i in range(count):
+                rows[i] = ids[i]
+            _score_rows(line, rows[:count], q16, q_scales, cosines)
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])
+            best_sums[b] = best
             if at_chunks:
                 break
             width = _keep_best(keys, count, heap[:beam])
@@ -648,6 +859,9 @@ def _search_slice(
         line = levels[depth - 1]
         if beside > 0:
             walked = count
+            table[:] = -1
+            for i in range(walked):
+                _is_new(table, ids[i])
             mask = carray(_uint8_at(masks[depth - 1]), line[_SIZE])
             for i in range(_keep_best(keys, walked, heap[:beam])):
                 chunk = heap[i] & 0xFFFFFFFF
@@ -659,17 +873,17 @@ def _search_slice(
                     if masks[depth - 1] != 0 and mask[other] == 0:
                         continue
                     if _is_new(table, np.int32(other)):
-                        ids[count], rows[count], owners[count] = other, first_row[other], -1
+                        ids[count], rows[count], owners[count] = other, other, -1
                         count += 1
             _score_rows(line, rows[walked:count], q16, q_scales, cosines[walked:])
             scored[b] += count - walked
             if with_words:
                 for i in range(walked, count):
                     sums[i] = _bm25(ids[i], word_offsets, word_terms, word_counts, norms, query, weights)
-        best_sums[b] = _largest(sums, count) if with_words else np.float32(0)
-        for i in range(count):
-            keys[i] = _key(_combined(cosines[i], sums[i], best_sums[b], weight), ids[i])
-            places[i] = keys[i]
+                best_sums[b] = max(best_sums[b], _largest(sums[walked:], count - walked))
+            for i in range(count):
+                keys[i] = _key(_combined(cosines[i], sums[i], best_sums[b], weight), ids[i])
+        places[:count] = keys[:count]
         width = _keep_best(keys, count, heap[:k])
         chunks[:, b] = -1
         values[:2, b] = -np.inf
@@ -738,20 +952,17 @@ def _signatures(
 
 
 @_compiled
-def _exact_slice(
-    line: _Ints, first_row: _Ints, mask_address: int, queries: _Floats, first: int, last: int, heaps: _Ints
-) -> None:
-    """Compare the chunks whose first row is in `first` to `last` with all queries; keep each query's smallest keys.
+def _exact_slice(line: _Ints, mask_address: int, queries: _Floats, first: int, last: int, heaps: _Ints) -> None:
+    """Compare the chunks `first` to `last` with all queries; keep each query's smallest keys.
 
-    Rows are read in the order in which they lie. `heaps`: [B, k], full of worst keys.
+    `heaps`: [B, k], full of worst keys.
     """
     batch, embeddings, dimension = queries.shape
-    ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
     mask = carray(_uint8_at(mask_address), line[_SIZE])
     q16, q_scales = np.empty((batch, embeddings, dimension), np.int16), np.empty((batch, embeddings), np.float32)
     for b in range(batch):
         for m in range(embeddings):
-            q_scales[b, m] = _quantise_query(queries[b, m], q16[b, m])
+            q_scales[b, m] = _quantise_query(queries[b, m], q16[b, m], QUERY_STEPS)
     if heaps.shape[1] == 0:
         return
     rows, scores = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.float32)
@@ -759,8 +970,7 @@ def _exact_slice(
     while start < last:
         count = 0
         while start < last and count < _BLOCK:
-            element = ids[start]
-            if first_row[element] == start and (mask_address == 0 or mask[element] != 0):
+            if mask_address == 0 or mask[start] != 0:
                 rows[count] = start
                 count += 1
             start += 1
@@ -768,16 +978,14 @@ def _exact_slice(
             heap = heaps[b]
             _score_rows(line, rows[:count], q16[b], q_scales[b], scores)
             for i in range(count):
-                key = _key(scores[i], ids[rows[i]])
+                key = _key(scores[i], np.int32(rows[i]))
                 if key < heap[0]:
                     heap[0] = key
                     _sink(heap, 0, len(heap))
 
 
 @_compiled
-def _score_slice(
-    line: _Ints, first_row: _Ints, queries: _Floats, ids: _Ids, first: int, last: int, scores: _Floats
-) -> None:
+def _score_slice(line: _Ints, queries: _Floats, ids: _Ids, first: int, last: int, scores: _Floats) -> None:
     """Score the given chunks of the queries `first` to `last`."""
     _, embeddings, dimension = queries.shape
     q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
@@ -785,16 +993,37 @@ def _score_slice(
     dense = np.empty(ids.shape[1], np.float32)
     for b in range(first, last):
         for m in range(embeddings):
-            q_scales[m] = _quantise_query(queries[b, m], q16[m])
+            q_scales[m] = _quantise_query(queries[b, m], q16[m], QUERY_STEPS)
         count = 0
         for i in range(ids.shape[1]):
             if ids[b, i] >= 0:
-                rows[count], places[count] = first_row[ids[b, i]], i
+                rows[count], places[count] = ids[b, i], i
                 count += 1
         _score_rows(line, rows[:count], q16, q_scales, dense)
         scores[b] = -np.inf
         for i in range(count):
             scores[b, places[i]] = dense[i]
+
+
+@_compiled
+def _project_slice(
+    diagonal: _Floats, rows: _Int8s, scales: _Floats, queries: _Floats, first: int, last: int, out: _Floats
+) -> None:
+    """Project the queries `first` to `last`."""
+    dimension = len(diagonal)
+    q16 = np.empty(dimension, np.int16)
+    for b in range(first, last):
+        scale = _quantise_query(queries[b], q16, QUERY_STEPS)
+        squares = 0.0
+        for i in range(dimension):
+            dot = np.int32(0)
+            for j in range(dimension):
+                dot = np.int32(dot + np.int32(rows[i, j]) * np.int32(q16[j]))
+            out[b, i] = queries[b, i] * diagonal[i] + scale * scales[i] * np.float32(dot)
+            squares += np.float64(out[b, i]) ** 2
+        norm = max(np.sqrt(squares), TINY)
+        for i in range(dimension):
+            out[b, i] = out[b, i] / norm
 
 
 @_compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,11 @@ VARIABLE = "TREEMEM_KERNELS"
 DEFAULT = "cpu"
 
 # Modules by name, imported when first asked for: numba takes a second.
-_MODULES = {"reference": "treemem.kernels.reference", "cpu": "treemem.kernels.cpu"}
+_MODULES = {
+    "reference": "treemem.kernels.reference",  # NumPy: the specification
+    "cpu": "treemem.kernels.cpu",  # numba
+    "gpu": "treemem.kernels.gpu",  # CuPy
+}
 
 BACK_ENDS = tuple(_MODULES)
 """Names that `back_end` knows."""
@@ -68,6 +72,16 @@ class BackEnd(Protocol):
         """See `reference.score_chunks`."""
         ...
 
+    def project(
+        self,
+        diagonal: NDArray[np.float32],
+        rows: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        queries: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """See `reference.project`."""
+        ...
+
     def bm25_all(
         self, index: LexicalIndex, terms: NDArray[np.int32], weights: NDArray[np.float32]
     ) -> NDArray[np.float32]:
@@ -81,13 +95,19 @@ class BackEnd(Protocol):
         ...
 
 
-def back_end(name: str | None = None) -> BackEnd:
-    """The kernels called `name`, else those that TREEMEM_KERNELS names, else the default.
+def back_end(name: str | None = None, *arrays: Any) -> BackEnd:
+    """The kernels called `name`, else those that TREEMEM_KERNELS names, else those for where the arrays live.
 
-    Raises InputError for an unknown name.
+    Arrays on a GPU (CuPy's, torch's, any that have `__cuda_array_interface__`) go to the GPU's kernels, all others, and
+    none, to the CPU's. Raises InputError for an unknown name, or where the GPU's kernels cannot be used here.
     """
     source = "kernels" if name else VARIABLE
-    name = name or os.environ.get(VARIABLE) or DEFAULT
+    here = "gpu" if any(hasattr(array, "__cuda_array_interface__") for array in arrays) else DEFAULT
+    name = name or os.environ.get(VARIABLE) or here
     if name not in _MODULES:
         raise InputError(f"{source} = {name!r}: it must be one of {', '.join(BACK_ENDS)}")
-    return cast(BackEnd, import_module(_MODULES[name]))
+    module = import_module(_MODULES[name])
+    reason = module.why_not() if name == "gpu" else None
+    if reason is not None:
+        raise InputError(reason)
+    return cast(BackEnd, module)

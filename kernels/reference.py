@@ -6,6 +6,10 @@ product is an exact integer, so that no order of summation can change it. A scor
     float32(query scale) * float32(row scale) * float32(dot), multiplied from left to right, the maximum over the
     query's embeddings, plus 0 (so that no score is a negative zero).
 
+Two looks. A walk meets many rows and keeps few. Rows are first scored by their upper four bits, `16 * half - 120`, with
+the query in int8; only the best of them, half as many again as are kept and at least 32 more, are scored by the whole
+row. Everything that is returned is ranked by whole rows.
+
 Order. Higher scores first, equal scores by the smaller id: a strict order, so that every selection has one answer.
 """
 
@@ -26,6 +30,7 @@ from treemem.kernels.tree import (
     ServingTree,
     Signatures,
     Words,
+    upper_bytes,
 )
 
 Masks = tuple[NDArray[np.uint8], ...]
@@ -33,6 +38,8 @@ Masks = tuple[NDArray[np.uint8], ...]
 
 ROW_STEPS = 127
 QUERY_STEPS = 8191
+COARSE_STEPS = 127
+"""Steps of a query that is compared with upper halves."""
 TINY = 1e-12
 """A vector whose largest component is not above this counts as zero: keeps all arithmetic clear of subnormals."""
 
@@ -59,10 +66,30 @@ def quantise(vectors: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int8], NDAr
     return rows.astype(np.int8), scales
 
 
-def quantise_queries(queries: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+def quantise_queries(
+    queries: NDArray[np.float32], steps: int = QUERY_STEPS
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """Turn query embeddings into int16 with one scale each: int16 [..., d] and float32 [...]."""
-    steps, scales = _steps(queries, QUERY_STEPS)
-    return steps.astype(np.int16), scales
+    values, scales = _steps(queries, steps)
+    return values.astype(np.int16), scales
+
+
+def upper_halves(rows: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """The upper four bits of rows, int8 [n, d], in pieces of 64 components: uint8 [n, 32 * ceil(d / 64)].
+
+    A half is `(value + 128) >> 4`; byte j of a piece holds component j in its lower bits and j + 32 in its upper ones.
+    What lies behind the last component is 8.
+    """
+    width = upper_bytes(rows.shape[1])
+    halves = np.full((len(rows), 2 * width), 8, np.uint8)
+    halves[:, : rows.shape[1]] = (rows.astype(np.int16) + 128) >> 4
+    pieces = halves.reshape(len(rows), width // 32, 2, 32)
+    return (pieces[:, :, 0] | pieces[:, :, 1] << 4).astype(np.uint8).reshape(len(rows), width)
+
+
+def refined(kept: int) -> int:
+    """How many rows are looked at twice where so many are kept."""
+    return kept + max(kept // 2, 32)
 
 
 def search(
@@ -78,7 +105,9 @@ def search(
 ) -> Found:
     """Walk the tree by cosines, or by cosines and words, score the best chunks' neighbours too, and return the best k.
 
-    A chunk that stands under several of the kept nodes is scored once, by its row under the best of them.
+    A chunk that stands under several of the kept nodes is scored once, under the best of them. Of each level the best
+    `beam` nodes are kept, of the chunks the best k, or `beam` where that is more and neighbours are asked for; where
+    more than `refined` of that number are met, they are chosen by their upper halves first.
     With words, the score of a child is `cosine + weight * sum / best sum`, the best sum being that of all children that
     are scored at this level. A node's sum takes each term's share from the signatures, a chunk's is its BM25, but that
     of one term no more than 255 count.
@@ -105,6 +134,7 @@ def search(
     ends = checked_ends(tree, beside, ends)
     checked_words(tree, words, batch)
     q16, q_scales = quantise_queries(queries)
+    q8, q8_scales = quantise_queries(queries, COARSE_STEPS)
     k = min(k, tree.sizes[-1])
     nodes = np.full((depth - 1, batch, beam), -1, np.int32)
     node_scores = np.full(nodes.shape, -np.inf, np.float32)
@@ -118,34 +148,38 @@ def search(
         for level, blocks in enumerate(tree.levels):
             at_chunks = level == depth - 1
             mask = None if masks is None else masks[level]
-            rows, owners = _children(blocks, frontier, mask)
-            ids = blocks.ids[rows]
-            own = _scores(blocks, rows, q16[level, b], q_scales[level, b])
-            own_sums = np.zeros(len(rows), np.float32)
+            entries, owners, met = _children(blocks, frontier, mask)
+            ids = blocks.ids[entries]
+            own_sums = np.zeros(len(entries), np.float32)
             if words is not None:
-                own_sums = _word_sums(words, level, blocks, rows, owners, words.terms[asked], words.weights[asked])
-            scored[b] += len(rows)
+                own_sums = _word_sums(words, level, blocks, entries, owners, words.terms[asked], words.weights[asked])
+            best[b] = own_sums.max(initial=0)
+            scored[b] += met
+            twice = refined(max(k, beam if beside else 1) if at_chunks else beam)
+            if len(entries) > twice:
+                coarse = _coarse_scores(blocks, entries, q8[level, b], q8_scales[level, b])
+                order = np.lexsort((ids, -combined(coarse, own_sums, best[b], weight)))[:twice]
+                ids, owners, own_sums = ids[order], owners[order], own_sums[order]
+            own = _scores(blocks, ids, q16[level, b], q_scales[level, b])
+            values = combined(own, own_sums, best[b], weight)
             if at_chunks:
                 break
-            values = combined(own, own_sums, own_sums.max(initial=0), weight)
             order = np.lexsort((ids, -values))[:beam]
             frontier = ids[order]
             nodes[level, b, : len(order)] = frontier
             node_scores[level, b, : len(order)] = values[order]
         if beside and ends is not None:
-            values = combined(own, own_sums, own_sums.max(initial=0), weight)
             near = _beside(ids[np.lexsort((ids, -values))[:beam]], ids, beside, ends, mask)
             scored[b] += len(near)
-            rows = tree.first_row[near]
-            own = np.concatenate([own, _scores(blocks, rows, q16[-1, b], q_scales[-1, b])])
+            own = np.concatenate([own, _scores(blocks, near, q16[-1, b], q_scales[-1, b])])
             near_sums = np.zeros(len(near), np.float32)
             if words is not None:
                 near_sums = bm25_scores(words.index, words.terms[asked], words.weights[asked], near)
             own_sums = np.concatenate([own_sums, near_sums])
             ids = np.concatenate([ids, near])
             owners = np.concatenate([owners, np.full(len(near), -1, np.int32)])
-        best[b] = own_sums.max(initial=0)
-        values = combined(own, own_sums, best[b], weight)
+            best[b] = own_sums.max(initial=best[b])
+            values = combined(own, own_sums, best[b], weight)
         order = np.lexsort((ids, -values))[:k]
         kept = slice(0, len(order))
         chunks[b, kept], scores[b, kept], cosines[b, kept] = ids[order], values[order], own[order]
@@ -238,7 +272,7 @@ def exact(
     best = np.full((len(queries), min(k, tree.sizes[-1])), -1, np.int32)
     best_scores = np.full(best.shape, -np.inf, np.float32)
     for b in range(len(queries)):
-        scores = _scores(tree.levels[-1], tree.first_row[candidates], q16[b], q_scales[b])
+        scores = _scores(tree.levels[-1], candidates, q16[b], q_scales[b])
         ids, scores = top_k(scores, candidates, k)
         best[b, : len(ids)], best_scores[b, : len(ids)] = ids, scores
     return best, best_scores
@@ -255,8 +289,36 @@ def score_chunks(tree: ServingTree, queries: NDArray[np.float32], ids: NDArray[n
     q16, q_scales = quantise_queries(queries)
     scores = np.full(ids.shape, -np.inf, np.float32)
     for b, real in enumerate(ids >= 0):
-        scores[b, real] = _scores(tree.levels[-1], tree.first_row[ids[b, real]], q16[b], q_scales[b])
+        scores[b, real] = _scores(tree.levels[-1], ids[b, real], q16[b], q_scales[b])
     return scores
+
+
+def project(
+    diagonal: NDArray[np.float32], rows: NDArray[np.int8], scales: NDArray[np.float32], queries: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Queries times a square matrix, as unit vectors; the matrix is given as its diagonal and, quantised, the rest.
+
+    So it is read in a quarter of the time, and every query by itself: no answer depends on the batch.
+
+    Args:
+        diagonal: float32 [d].
+        rows: int8 [d, d], what the matrix has beside its diagonal, as `quantise` gives it.
+        scales: float32 [d].
+        queries: float32 [B, d].
+
+    Returns:
+        float32 [B, d]; zeros where the product is zero.
+
+    Raises:
+        InputError: wrong shapes.
+        ModelError: a query is not finite.
+    """
+    queries = checked_factors(diagonal, rows, scales, queries)
+    q16, q_scales = quantise_queries(queries)
+    dots = q16.astype(np.float64) @ rows.astype(np.float64).T
+    values = queries * diagonal + q_scales[:, None] * scales * dots.astype(np.float32)
+    squares = np.cumsum(np.square(values, dtype=np.float64), axis=1)[:, -1:]  # one after the other
+    return (values / np.maximum(np.sqrt(squares), TINY)).astype(np.float32)
 
 
 def bm25_all(index: LexicalIndex, terms: NDArray[np.int32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -325,6 +387,19 @@ def checked_masks(tree: ServingTree, allowed: Masks | None) -> Masks | None:
     if shapes != tuple((size,) for size in tree.sizes):
         raise InputError(f"masks of shapes {shapes}: this tree takes one per level, of {tree.sizes}, top first")
     return tuple(np.ascontiguousarray(np.asarray(mask) != 0, np.uint8) for mask in allowed)
+
+
+def checked_factors(
+    diagonal: NDArray[np.float32], rows: NDArray[np.int8], scales: NDArray[np.float32], queries: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Queries as contiguous float32 [B, d]; InputError or ModelError if unusable."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    size = len(diagonal)
+    if rows.shape != (size, size) or scales.shape != (size,) or queries.ndim != 2 or queries.shape[1] != size:
+        shapes = f"{diagonal.shape}, {rows.shape}, {scales.shape}, {queries.shape}"
+        raise InputError(f"factors and queries of shapes {shapes}: expected [d], [d, d], [d] and [B, d]")
+    _require_finite(queries, ("query", "component"))
+    return queries
 
 
 def checked_chunks(ids: NDArray[np.int32], size: int, shape: tuple[int, ...]) -> NDArray[np.int32]:
@@ -405,16 +480,19 @@ def _steps(vectors: NDArray[np.float32], steps: int) -> tuple[NDArray[np.float32
 
 def _children(
     blocks: LevelBlocks, frontier: NDArray[np.int32], mask: NDArray[np.uint8] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The frontier's children in its order, each element once, masked ones left out: their rows and parents."""
+) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+    """The frontier's children in its order, each element once, masked ones left out: their entries and parents.
+
+    And how many there are if those that are met more than once are counted so often.
+    """
     starts, ends = blocks.offsets[frontier], blocks.offsets[frontier + 1]
     rows = np.concatenate([np.arange(0), *map(np.arange, starts, ends)])
     parents = np.repeat(frontier, ends - starts)
-    ids = blocks.ids[rows]
-    kept = np.sort(np.unique(ids, return_index=True)[1])
     if mask is not None:
-        kept = kept[mask[ids[kept]] != 0]
-    return rows[kept], parents[kept]
+        kept = mask[blocks.ids[rows]] != 0
+        rows, parents = rows[kept], parents[kept]
+    once = np.sort(np.unique(blocks.ids[rows], return_index=True)[1])
+    return rows[once], parents[once], len(rows)
 
 
 def _word_sums(
@@ -467,13 +545,24 @@ def _beside(
     return near if mask is None else near[mask[near] != 0]
 
 
-def _scores(
-    blocks: LevelBlocks, rows: NDArray[np.int64], q16: NDArray[np.int16], q_scales: NDArray[np.float32]
+def _coarse_scores(
+    blocks: LevelBlocks, entries: NDArray[np.int64], q8: NDArray[np.int16], q_scales: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Scores of some rows, float32 [rows], for the embeddings of one query, int16 [M, d] and float32 [M]."""
-    scores = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK]
+    """Scores of some entries by their upper halves, float32 [entries], for the embeddings of one query."""
+    packed = blocks.upper[entries].reshape(len(entries), -1, 1, 32)  # there are more than 0
+    halves = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(entries), -1)[:, : q8.shape[1]]
+    dots = (16.0 * halves - 120.0) @ q8.astype(np.float64).T
+    values = q_scales * blocks.upper_scales[entries, None] * dots.astype(np.float32)
+    return values.max(axis=1) + np.float32(0)
+
+
+def _scores(
+    blocks: LevelBlocks, elements: NDArray[np.int32], q16: NDArray[np.int16], q_scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Scores of some elements, float32 [elements], for the embeddings of one query, int16 [M, d] and float32 [M]."""
+    scores = np.empty(len(elements), np.float32)
+    for start in range(0, len(elements), _BLOCK):
+        block = elements[start : start + _BLOCK]
         # float64 holds these integers exactly and is what NumPy multiplies fast.
         dots = blocks.rows[block].astype(np.float64) @ q16.astype(np.float64).T  # [block, M]
         values = q_scales * blocks.scales[block, None] * dots.astype(np.float32)

@@ -20,16 +20,20 @@ MAX_DIMENSION = 2048
 # Compared by identity: equality of arrays is no single truth, and a back end keeps what it derives per tree.
 @dataclass(frozen=True, eq=False)
 class LevelBlocks:
-    """One level's elements laid out by parent, the children of one parent side by side."""
+    """One level's elements: their rows, and the rows' upper halves laid out by parent, children side by side."""
 
     rows: NDArray[np.int8]
-    """[entries, d] quantised unit vectors."""
+    """[elements, d] quantised unit vectors."""
     scales: NDArray[np.float32]
-    """[entries] what one step of a row is worth; 0 for a row of zeros."""
+    """[elements] what one step of a row is worth; 0 for a row of zeros."""
+    upper: NDArray[np.uint8]
+    """[entries, 32 * ceil(d / 64)] the upper four bits of the rows of `ids`; see `reference.upper_halves`."""
+    upper_scales: NDArray[np.float32]
+    """[entries] the scales of `ids`."""
     ids: NDArray[np.int32]
-    """[entries] which element of the level stands in this row; a chunk may stand under several parents."""
+    """[entries] which element stands in this place; a chunk may stand under several parents."""
     offsets: NDArray[np.int64]
-    """[parents + 1] the children of parent p are the rows offsets[p]:offsets[p + 1]; the top has one pseudo-parent."""
+    """[parents + 1] the children of parent p are at offsets[p]:offsets[p + 1]; the top has one pseudo-parent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class ServingTree:
     sizes: tuple[int, ...]
     """How many elements each level has."""
     first_row: NDArray[np.int64]
-    """[chunks] the first row of the last level in which a chunk stands."""
+    """[chunks] the first entry of the last level in which a chunk stands."""
 
     @property
     def depth(self) -> int:
@@ -63,10 +67,12 @@ class ServingTree:
         above = 1
         for index, (blocks, size) in enumerate(zip(self.levels, self.sizes, strict=True)):
             where = f"level {self.depth - index}"
-            _check_arrays(blocks, self.levels[-1].rows.shape[-1], where)
+            _check_arrays(blocks, size, self.levels[-1].rows.shape[-1], where)
             _check_children(blocks, above, size, where)
             if index < self.depth - 1 and not (np.bincount(blocks.ids, minlength=size) == 1).all():
                 raise _damaged(f"{where}: a node does not stand under exactly one parent")
+            if not np.array_equal(blocks.upper_scales, blocks.scales[blocks.ids]):
+                raise _damaged(f"{where}: the scales of rows and of their upper halves differ")
             above = size
         if self.first_row.dtype != np.int64 or not np.array_equal(
             self.first_row, first_rows(self.levels[-1].ids, self.sizes[-1])
@@ -187,7 +193,12 @@ class Found:
     best: NDArray[np.float32]
     """[B] the best sum of any chunk that was scored; 0 without words."""
     scored: NDArray[np.int64]
-    """[B] how many vectors were scored, all levels together, each chunk once."""
+    """[B] how many vectors were looked at, all levels together; a chunk under several of the kept nodes so often."""
+
+
+def upper_bytes(dimension: int) -> int:
+    """How many bytes the upper halves of a row take: two components a byte, in pieces of 64."""
+    return 32 * -(-dimension // 64)
 
 
 def first_rows(ids: NDArray[np.int32], size: int) -> NDArray[np.int64]:
@@ -213,15 +224,21 @@ def _check_type(array: NDArray[np.generic], accepted: tuple[type, ...], ndim: in
         )
 
 
-def _check_arrays(blocks: LevelBlocks, dimension: int, where: str) -> None:
+def _check_arrays(blocks: LevelBlocks, size: int, dimension: int, where: str) -> None:
     _check_type(blocks.rows, (np.int8,), 2, f"{where}, rows")
     _check_type(blocks.scales, (np.float32,), 1, f"{where}, scales")
+    _check_type(blocks.upper, (np.uint8,), 2, f"{where}, upper halves")
+    _check_type(blocks.upper_scales, (np.float32,), 1, f"{where}, scales of upper halves")
     _check_type(blocks.ids, (np.int32,), 1, f"{where}, ids")
-    entries, width = blocks.rows.shape
+    rows, width = blocks.rows.shape
     if not 1 <= width <= MAX_DIMENSION or width != dimension:
         raise _damaged(f"{where}: dimension {width}, expected that of level 1, at most {MAX_DIMENSION}")
-    if len(blocks.scales) != entries or len(blocks.ids) != entries:
-        raise _damaged(f"{where}: {entries} rows, {len(blocks.scales)} scales, {len(blocks.ids)} ids")
+    if not rows == len(blocks.scales) == size:
+        raise _damaged(f"{where}: {rows} rows, {len(blocks.scales)} scales, {size} elements")
+    entries = len(blocks.ids)
+    if blocks.upper.shape != (entries, upper_bytes(width)) or len(blocks.upper_scales) != entries:
+        shapes = f"{blocks.upper.shape} and {blocks.upper_scales.shape}"
+        raise _damaged(f"{where}: upper halves and their scales of shapes {shapes} for {entries} entries")
     if not ((blocks.scales >= 0) & (blocks.scales <= 1)).all():
         raise _damaged(f"{where}: a scale is not between 0 and 1")
 

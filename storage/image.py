@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from treemem.errors import DamagedMemory, StoreError
-from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise
+from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise, upper_halves
+from treemem.kernels.tree import upper_bytes
 from treemem.storage.files import save_npy, work_folder, write_npy
 from treemem.storage.levels import Level, Spread, as_float32
 from treemem.storage.lexical import Lexical, build_lexical
@@ -26,7 +27,7 @@ from treemem.storage.signatures import read_signatures, write_signatures
 from treemem.storage.store import Store, guard
 from treemem.types import Document, DocumentRef, Progress, Span, no_progress
 
-IMAGE_VERSION = 3
+IMAGE_VERSION = 4
 ROWS = 16_384
 _COPIED = {
     "text": "documents/text",
@@ -36,6 +37,7 @@ _COPIED = {
     "chunk_ends": "documents/chunk_ends",
     "spans": "chunks/spans",
 }
+_PARTS = ("rows", "scales", "upper", "upper-scales", "ids", "offsets")
 _HIERARCHY = ("hierarchy.json", "hierarchy.safetensors")
 
 
@@ -114,7 +116,7 @@ def _copy(store: Store, source: str, path: Path) -> None:
 
 
 def write_tree(folder: Path, vectors: np.ndarray, levels: Sequence[Level], progress: Progress = no_progress) -> None:
-    """Lay every level out by its parents: the children's quantised vectors of one parent side by side.
+    """Write every level: quantised vectors, and by parent the upper halves of the children's, side by side.
 
     Args:
         folder: gets the files that `read_tree` reads.
@@ -129,27 +131,33 @@ def write_tree(folder: Path, vectors: np.ndarray, levels: Sequence[Level], progr
         else:
             offsets = np.array([0, len(elements)], np.int64)
             ids = np.arange(len(elements), dtype=np.int32)
-        scales = np.empty(len(ids), np.float32)
-        write_npy(
-            folder / f"level-{number}-rows.npy",
-            np.dtype(np.int8),
-            (len(ids), elements.shape[1]),
-            _quantised(elements, ids, scales, progress),
-        )
-        for name, array in {"scales": scales, "ids": ids, "offsets": offsets}.items():
+        scales, shape = np.empty(len(elements), np.float32), elements.shape
+        path = folder / f"level-{number}-rows.npy"
+        write_npy(path, np.dtype(np.int8), shape, _quantised(elements, scales, progress))
+        rows = _mapped(folder, path.stem)
+        path = folder / f"level-{number}-upper.npy"
+        write_npy(path, np.dtype(np.uint8), (len(ids), upper_bytes(shape[1])), _upper(rows, ids, progress))
+        for name, array in {"scales": scales, "upper-scales": scales[ids], "ids": ids, "offsets": offsets}.items():
             save_npy(folder / f"level-{number}-{name}.npy", array)
         if number == 1:
             save_npy(folder / "first-row.npy", first_rows(ids, len(elements)))
 
 
-def _quantised(elements: np.ndarray, ids: np.ndarray, scales: np.ndarray, progress: Progress) -> Iterator[np.ndarray]:
-    """Quantised rows of elements in the order of `ids`; fills `scales` on the way."""
+def _quantised(elements: np.ndarray, scales: np.ndarray, progress: Progress) -> Iterator[np.ndarray]:
+    """Quantised rows of elements; fills `scales` on the way."""
+    for start in range(0, len(elements), ROWS):
+        rows, scales[start : start + ROWS] = quantise(as_float32(elements[start : start + ROWS]))
+        if len(elements) > ROWS:
+            progress("quantising vectors", start, len(elements))
+        yield rows
+
+
+def _upper(rows: np.ndarray, ids: np.ndarray, progress: Progress) -> Iterator[np.ndarray]:
+    """Upper halves of rows in the order of `ids`."""
     for start in range(0, len(ids), ROWS):
-        part = ids[start : start + ROWS]
-        rows, scales[start : start + len(part)] = quantise(as_float32(elements[part]))
         if len(ids) > ROWS:
             progress("laying out the tree", start, len(ids))
-        yield rows
+        yield upper_halves(rows[ids[start : start + ROWS]])
 
 
 def _mapped(folder: Path, name: str) -> Any:
@@ -166,7 +174,7 @@ def read_tree(folder: Path, sizes: tuple[int, ...]) -> ServingTree:
     Raises DamagedMemory where the arrays do not fit together.
     """
     levels = tuple(
-        LevelBlocks(*(_mapped(folder, f"level-{number}-{part}") for part in ("rows", "scales", "ids", "offsets")))
+        LevelBlocks(*(_mapped(folder, f"level-{number}-{part}") for part in _PARTS))
         for number in range(len(sizes), 0, -1)
     )
     tree = ServingTree(levels, sizes, _mapped(folder, "first-row"))

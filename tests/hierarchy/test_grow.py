@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from treemem.hierarchy import grow as growing
 from treemem.hierarchy.grow import SLACK, grow
-from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise
-from treemem.kernels.reference import exact, walk
+from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise, upper_halves
+from treemem.kernels.reference import exact, search
 from treemem.storage.levels import Level, as_float32, node_vectors, unit
 
 
@@ -55,8 +55,8 @@ def serving_tree(vectors: np.ndarray, levels: list[Level]) -> ServingTree:
             offsets, ids = levels[number].offsets, levels[number].children
         else:
             offsets, ids = np.array([0, len(elements)], np.int64), np.arange(len(elements), dtype=np.int32)
-        rows, scales = quantise(as_float32(elements[ids]))
-        blocks.insert(0, LevelBlocks(rows, scales, ids, offsets))
+        rows, scales = quantise(as_float32(elements))
+        blocks.insert(0, LevelBlocks(rows, scales, upper_halves(rows[ids]), scales[ids], ids, offsets))
     tree = ServingTree(tuple(blocks), tuple(len(e) for e in below[::-1]), first_rows(blocks[-1].ids, len(vectors)))
     tree.check()
     return tree
@@ -69,7 +69,7 @@ def walk_recall(vectors: np.ndarray, levels: list[Level], beam: int) -> float:
     near = as_float32(vectors[generator.integers(0, len(vectors), 60)])
     queries = unit(near + 0.1 * generator.standard_normal(near.shape).astype(np.float32)).astype(np.float32)
     levelled = np.broadcast_to(queries[None, :, None], (tree.depth, len(queries), 1, queries.shape[1]))
-    found = walk(tree, np.ascontiguousarray(levelled), beam).chunks
+    found = search(tree, np.ascontiguousarray(levelled), beam, 10).chunks
     best = exact(tree, queries[:, None], 10)[0]
     return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, best, strict=True)]))
 

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.kernels.trees import random_index, random_masks, random_queries, random_tree
+from tests.kernels.trees import laid_out, random_index, random_masks, random_queries, random_tree
 
 from treemem.errors import DamagedMemory, InputError, ModelError
-from treemem.kernels import BackEnd, Found, LevelBlocks, Masks, ServingTree, back_end, first_rows, reference
-from treemem.kernels.dispatch import BACK_ENDS
-
-
-@pytest.fixture(params=BACK_ENDS)
-def kernels(request: pytest.FixtureRequest) -> BackEnd:
-    return back_end(request.param)
-
+from treemem.kernels import BackEnd, Found, Masks, ServingTree, back_end, first_rows, quantise, reference
 
 # The fixture is a module without state: one for all examples is meant.
 property_test = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,6 +105,27 @@ def test_bm25_agrees(kernels: BackEnd, seed: int, chunks: int, terms: int) -> No
     assert (scores[some < 0] == 0).all()
 
 
+@given(seed=seeds, dimension=dimensions, batch=st.integers(0, 70))
+@property_test
+def test_project_agrees(kernels: BackEnd, seed: int, dimension: int, batch: int) -> None:
+    generator = np.random.default_rng(seed)
+    matrix = generator.standard_normal((dimension, dimension)).astype(np.float32) / 10
+    diagonal = np.ones(dimension, np.float32)
+    rows, scales = quantise(matrix)
+    queries = generator.standard_normal((batch, dimension)).astype(np.float32)
+    got = kernels.project(diagonal, rows, scales, queries)
+    assert_same(got, reference.project(diagonal, rows, scales, queries))
+    exact = queries @ (matrix + np.eye(dimension)).T
+    np.testing.assert_allclose(got, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=0.02)
+    with pytest.raises(InputError, match="shapes"):
+        kernels.project(diagonal, rows, scales, queries[:, 1:])
+
+
+def test_nothing_projects_to_nothing(kernels: BackEnd) -> None:
+    zeros = np.zeros((3, 3), np.int8), np.zeros(3, np.float32)
+    assert not kernels.project(np.ones(3, np.float32), *zeros, np.zeros((1, 3), np.float32)).any()
+
+
 @pytest.mark.parametrize("chunks", [5, 9, 200])
 def test_a_beam_over_everything_is_exact_search(kernels: BackEnd, chunks: int) -> None:
     generator = np.random.default_rng(chunks)
@@ -119,16 +133,16 @@ def test_a_beam_over_everything_is_exact_search(kernels: BackEnd, chunks: int) -
     query = random_queries(generator, tree, 4, 2)[0]
     walked = walk(kernels, tree, np.stack([query] * tree.depth), beam=1000)
     assert_same((walked.chunks, walked.scores), kernels.exact(tree, query, chunks))
-    assert (walked.scored == sum(tree.sizes)).all()
+    assert (walked.scored == sum(len(blocks.ids) for blocks in tree.levels)).all()
     assert ((walked.parents == -1) == (tree.depth == 1)).all()
 
 
 def test_equal_chunks_come_by_id_through_the_better_parent(kernels: BackEnd) -> None:
     generator = np.random.default_rng(1)
     tree = random_tree(generator, 60, spill=2)
-    same = replace(
-        tree.levels[-1], rows=np.ones_like(tree.levels[-1].rows), scales=np.ones_like(tree.levels[-1].scales)
-    )
+    blocks = tree.levels[-1]
+    rows, scales = np.ones_like(blocks.rows), np.ones_like(blocks.scales)
+    same = laid_out(rows, scales, blocks.ids, blocks.offsets)
     tree = replace(tree, levels=(*tree.levels[:-1], same))
     walked = walk(kernels, tree, random_queries(generator, tree, 1), beam=5)
     chunks = walked.chunks[0][walked.chunks[0] >= 0]
@@ -139,13 +153,13 @@ def test_equal_chunks_come_by_id_through_the_better_parent(kernels: BackEnd) -> 
         assert ranks.index(parent) == min(ranks.index(home) for home in homes if home in ranks)
 
 
-def test_a_repeated_chunk_counts_once_even_under_one_parent(kernels: BackEnd) -> None:
+def test_a_repeated_chunk_is_returned_once_even_under_one_parent(kernels: BackEnd) -> None:
     ids = np.array([1, 0, 1, 1], np.int32)
-    blocks = LevelBlocks(np.ones((4, 8), np.int8), np.full(4, 0.5, np.float32), ids, np.array([0, 4]))
+    blocks = laid_out(np.ones((2, 8), np.int8), np.full(2, 0.5, np.float32), ids, np.array([0, 4]))
     walked = walk(kernels, ServingTree((blocks,), (2,), first_rows(ids, 2)), np.ones((1, 1, 1, 8), np.float32), beam=1)
     assert walked.chunks.tolist() == [[0, 1]]
     assert walked.scores.tolist() == [[4, 4]]
-    assert walked.scored.tolist() == [2]
+    assert walked.scored.tolist() == [4]
 
 
 def test_an_empty_memory(kernels: BackEnd) -> None:
@@ -208,7 +222,7 @@ def test_zero_queries_score_zero(kernels: BackEnd) -> None:
 
 def test_no_score_is_a_negative_zero(kernels: BackEnd) -> None:
     ids = np.array([1, 0], np.int32)
-    blocks = LevelBlocks(np.array([[1], [-1]], np.int8), np.zeros(2, np.float32), ids, np.array([0, 2]))
+    blocks = laid_out(np.array([[1], [-1]], np.int8), np.zeros(2, np.float32), ids, np.array([0, 2]))
     tree = ServingTree((blocks,), (2,), first_rows(ids, 2))
     queries = np.ones((1, 1, 1, 1), np.float32)
     walked = walk(kernels, tree, queries, beam=1)
@@ -225,12 +239,12 @@ def test_answers_do_not_depend_on_batch_or_threads(
     monkeypatch.setenv("TREEMEM_THREADS", threads)
     generator = np.random.default_rng(7)
     tree = random_tree(generator, 2500, fanout=8, twins=0.2)
-    queries = random_queries(generator, tree, 300, 2)
+    queries = random_queries(generator, tree, 60, 2)
     masks = random_masks(generator, tree, 0.9)
     walked = walk(kernels, tree, queries, 6, masks)
     ids, scores = kernels.exact(tree, queries[0], 20, masks)
     chunk_scores = kernels.score_chunks(tree, queries[0], ids)
-    for b in range(0, 300, 7):
+    for b in range(0, 60, 7):
         assert_same(part(walked, b), walk(reference, tree, queries[:, b : b + 1], 6, masks))
         alone = slice(b, b + 1)
         assert_same((ids[alone], scores[alone]), reference.exact(tree, queries[0, alone], 20, masks))

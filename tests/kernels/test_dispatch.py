@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import treemem.kernels
@@ -14,7 +17,7 @@ from treemem.kernels.dispatch import BACK_ENDS
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     from treemem.kernels import cpu
 
-    assert BACK_ENDS == ("reference", "cpu")
+    assert BACK_ENDS == ("reference", "cpu", "gpu")
     monkeypatch.delenv("TREEMEM_KERNELS", raising=False)
     assert back_end() is cpu
     assert back_end("reference") is reference
@@ -24,7 +27,7 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="kernels = 'abacus': it must be one of reference, cpu"):
+    with pytest.raises(InputError, match="kernels = 'abacus': it must be one of reference, cpu, gpu"):
         back_end("abacus")
     monkeypatch.setenv("TREEMEM_KERNELS", "abacus")
     with pytest.raises(InputError, match="TREEMEM_KERNELS = 'abacus'"):
@@ -33,9 +36,26 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_back_ends_have_every_function() -> None:
     functions = [name for name in vars(BackEnd) if not name.startswith("_")]
-    assert set(functions) == {"search", "signatures", "exact", "score_chunks", "bm25_all", "bm25_scores"}
+    assert set(functions) == {"search", "signatures", "exact", "score_chunks", "project", "bm25_all", "bm25_scores"}
     for name in BACK_ENDS:
-        assert all(callable(getattr(back_end(name), function)) for function in functions)
+        module = importlib.import_module(f"treemem.kernels.{name}")
+        assert all(callable(getattr(module, function)) for function in functions)
+
+
+def test_arrays_on_a_gpu_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from treemem.kernels import cpu, gpu
+
+    class OnGpu:
+        __cuda_array_interface__: ClassVar[dict[str, int]] = {}
+
+    monkeypatch.delenv("TREEMEM_KERNELS", raising=False)
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    assert back_end(None, np.zeros(1), OnGpu()) is gpu
+    assert back_end(None, np.zeros(1)) is cpu
+    assert back_end("reference", OnGpu()) is reference
+    monkeypatch.setattr(gpu, "why_not", lambda: "there is none")
+    with pytest.raises(InputError, match="there is none"):
+        back_end(None, OnGpu())
 
 
 def test_numba_is_imported_only_when_needed() -> None:
@@ -58,4 +78,5 @@ def test_exported_names() -> None:
         "first_rows",
         "quantise",
         "top_k",
+        "upper_halves",
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.trees import random_index, random_queries, random_tree
+from tests.kernels.trees import laid_out, random_index, random_queries, random_tree
 
 from treemem.errors import InputError, ModelError
 from treemem.kernels import ServingTree, quantise, reference, top_k
@@ -16,10 +16,7 @@ from treemem.kernels import ServingTree, quantise, reference, top_k
 
 def element_vectors(tree: ServingTree, level: int) -> dict[int, np.ndarray]:
     blocks = tree.levels[level]
-    return {
-        int(element): row.astype(float) * float(scale)
-        for element, row, scale in zip(blocks.ids, blocks.rows, blocks.scales, strict=True)
-    }
+    return {int(element): blocks.rows[element].astype(float) * float(blocks.scales[element]) for element in blocks.ids}
 
 
 def float_score(query: np.ndarray, vector: np.ndarray) -> float:
@@ -54,7 +51,7 @@ def test_vectors_that_are_not_finite_are_named(value: float) -> None:
 def test_highest_dimension_does_not_overflow() -> None:
     rows, scales = quantise(np.ones((1, 2048), np.float32))
     blocks = random_tree(np.random.default_rng(0), 1, dimension=2048).levels[0]
-    tree = ServingTree((type(blocks)(rows, scales, blocks.ids, blocks.offsets),), (1,), np.zeros(1, np.int64))
+    tree = ServingTree((laid_out(rows, scales, blocks.ids, blocks.offsets),), (1,), np.zeros(1, np.int64))
     assert reference.score_chunks(tree, np.ones((1, 1, 2048), np.float32), np.zeros((1, 1), np.int32))[0, 0] == 2048
     with pytest.raises(ModelError, match="2049"):
         quantise(np.ones((1, 2049), np.float32))
@@ -93,7 +90,7 @@ def test_walk_is_a_beam_search(seed: int, chunks: int, beam: int, embeddings: in
         for parent in frontier:
             for element in blocks.ids[blocks.offsets[parent] : blocks.offsets[parent + 1]].tolist():
                 reached.setdefault(element, (float_score(queries[level, 0], vectors[element]), parent))
-        scored += len(reached)
+        scored += sum(len(blocks.ids[blocks.offsets[parent] : blocks.offsets[parent + 1]]) for parent in frontier)
         ranked = sorted(reached, key=lambda element: (-reached[element][0], element))
         if level < tree.depth - 1:
             frontier = ranked[:beam]

@@ -20,12 +20,6 @@ from tests.kernels.trees import (
 
 from treemem.errors import DamagedMemory, InputError, ModelError
 from treemem.kernels import BackEnd, Found, Signatures, Words, back_end, reference
-from treemem.kernels.dispatch import BACK_ENDS
-
-
-@pytest.fixture(params=BACK_ENDS)
-def kernels(request: pytest.FixtureRequest) -> BackEnd:
-    return back_end(request.param)
 
 
 def assert_same(got: object, expected: Found | Signatures) -> None:
@@ -46,14 +40,14 @@ def part(words: Words, b: int) -> Words:
 @given(
     seed=st.integers(0, 10**6),
     chunks=st.one_of(st.integers(0, 12), st.integers(13, 300)),
-    dimension=st.sampled_from([1, 8, 63, 65]),
-    fanout=st.integers(2, 9),
+    dimension=st.sampled_from([1, 8, 63, 65, 130]),
+    fanout=st.one_of(st.integers(2, 9), st.integers(30, 70)),
     spill=st.integers(1, 3),
     twins=st.sampled_from([0.0, 0.5, 1.0]),
     batch=st.integers(0, 5),
     embeddings=st.integers(1, 3),
     beam=st.sampled_from([1, 2, 5, 400]),
-    k=st.sampled_from([1, 3, 1000]),
+    k=st.sampled_from([1, 3, 50, 1000]),
     beside=st.sampled_from([0, 1, 4]),
     with_words=st.booleans(),
     kept=st.sampled_from([None, 0.0, 0.1, 0.7, 1.0]),

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.kernels.trees import random_index, random_tree
+from tests.kernels.trees import laid_out, random_index, random_tree
 
 from treemem.errors import DamagedMemory
-from treemem.kernels import LevelBlocks, LexicalIndex, ServingTree, first_rows
+from treemem.kernels import LexicalIndex, ServingTree, first_rows
 
 
 def tree_of_three_levels() -> ServingTree:
@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[ServingTree], ServingTree], str]] = {
     "offsets fall": (lambda t: with_level(t, 2, offsets=changed(t.levels[2].offsets, 1, 70)), "do not rise"),
     "offsets too far": (lambda t: with_level(t, 2, offsets=changed(t.levels[2].offsets, -1, 81)), "do not rise"),
     "offsets too few": (lambda t: with_level(t, 2, offsets=t.levels[2].offsets[1:]), "parents"),
-    "rows too few": (lambda t: with_level(t, 1, rows=t.levels[1].rows[1:]), "19 rows, 20 scales, 20 ids"),
+    "rows too few": (lambda t: with_level(t, 1, rows=t.levels[1].rows[1:]), "19 rows, 20 scales, 20 elements"),
     "rows of another type": (
         lambda t: replace(
             t, levels=(with_field(t.levels[0], "rows", t.levels[0].rows.astype(np.int16)), *t.levels[1:])
@@ -71,6 +71,11 @@ DAMAGES: dict[str, tuple[Callable[[ServingTree], ServingTree], str]] = {
     ),
     "rows not contiguous": (lambda t: with_level(t, 1, rows=np.asfortranarray(t.levels[1].rows)), "contiguous"),
     "other dimension": (lambda t: with_level(t, 0, rows=t.levels[0].rows[:, :8].copy()), "dimension 8"),
+    "upper halves too few": (lambda t: with_level(t, 2, upper=t.levels[2].upper[1:]), "upper halves"),
+    "other scales": (
+        lambda t: with_level(t, 2, upper_scales=changed(t.levels[2].upper_scales, 7, 0.5)),
+        "scales of rows and of their upper halves differ",
+    ),
     "scale NaN": (lambda t: with_level(t, 1, scales=changed(t.levels[1].scales, 0, np.nan)), "a scale"),
     "scale negative": (lambda t: with_level(t, 1, scales=changed(t.levels[1].scales, 0, -0.1)), "a scale"),
     "first row wrong": (lambda t: replace(t, first_row=changed(t.first_row, 5, 0)), "first_row"),
@@ -87,7 +92,8 @@ def test_damage_is_found(name: str) -> None:
 
 
 def test_too_high_a_dimension() -> None:
-    blocks = LevelBlocks(np.zeros((1, 2049), np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32), np.array([0, 1]))
+    ids, scales = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    blocks = laid_out(np.zeros((1, 2049), np.int8), scales, ids, np.array([0, 1]))
     with pytest.raises(DamagedMemory, match="dimension 2049"):
         ServingTree((blocks,), (1,), np.zeros(1, np.int64)).check()
 

@@ -15,6 +15,7 @@ from treemem.kernels import (
     first_rows,
     quantise,
     reference,
+    upper_halves,
 )
 
 
@@ -55,7 +56,14 @@ def _random_level(
             below[home].append(int(element))
     ids = np.array([element for block in below for element in block], np.int32)
     offsets = np.cumsum([0, *map(len, below)], dtype=np.int64)
-    return LevelBlocks(rows[ids], scales[ids], ids, offsets)
+    return laid_out(rows, scales, ids, offsets)
+
+
+def laid_out(
+    rows: NDArray[np.int8], scales: NDArray[np.float32], ids: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> LevelBlocks:
+    """A level from its rows."""
+    return LevelBlocks(rows, scales, upper_halves(rows[ids]), scales[ids], ids, offsets)
 
 
 def random_queries(

@@ -17,6 +17,7 @@ from treemem.config import TreeConfig
 from treemem.errors import DamagedMemory, OutOfSpace
 from treemem.hierarchy.build import build, write_image
 from treemem.hierarchy.memory import Memory
+from treemem.kernels import upper_halves
 from treemem.storage import image as imaging
 from treemem.storage.image import Image, build_image, image_folder
 from treemem.storage.levels import contextual
@@ -103,7 +104,8 @@ def test_rows_are_the_vectors_of_the_store(whole: Path) -> None:
     assert image.tree.sizes == tuple(len(level) for level in below[::-1]) == store.info().levels[::-1]
     for blocks, vectors in zip(image.tree.levels, below[::-1], strict=True):
         rows = blocks.rows * blocks.scales[:, None]
-        np.testing.assert_allclose(rows, vectors[blocks.ids].astype(np.float32), atol=0.005)
+        np.testing.assert_allclose(rows, vectors.astype(np.float32), atol=0.005)
+        np.testing.assert_array_equal(blocks.upper, upper_halves(blocks.rows[blocks.ids]))
 
 
 def test_hashes_that_collide_are_told_apart(
