@@ -687,12 +687,53 @@ def _bm25(
 
 
 @_compiled
+def _find_all(terms: _Ids, address: int, offsets: _Ints, frontier: _Ids, query: _Ids, low: _Ints, left: _Ints) -> None:
+    """Find every term among those of every parent: `low` gets its place, -1 where it does not stand; [parents, terms].
+
+    All searches take their steps together, and what a step will read is asked for one round before: one after the
+    other they would wait for memory at almost every step. `left` is for what remains of each.
+    """
+    for parent in frontier:
+        _prefetch(offsets.ctypes.data + 8 * parent)
+    longest = np.int64(0)
+    count = len(query)
+    for f in range(len(frontier)):
+        first, last = offsets[frontier[f]], offsets[frontier[f] + 1]
+        longest = max(longest, last - first)
+        for t in range(count):
+            low[f * count + t], left[f * count + t] = first, last - first
+        _prefetch(address + 4 * (first + ((last - first) >> 1)))
+    searches = len(frontier) * count
+    while longest > 1:
+        for place in range(searches):
+            half = left[place] >> 1
+            if half == 0:
+                continue
+            low[place] += half * (terms[low[place] + half - 1] < query[place % count])
+            left[place] -= half
+            _prefetch(address + 4 * (low[place] + (left[place] >> 1)))
+        longest -= longest >> 1
+    for place in range(searches):
+        if left[place] == 0 or terms[low[place]] != query[place % count]:
+            low[place] = -1
+
+
+@_compiled
 def _word_sums(
-    line: _Ints, own: _Ints, norms: _Floats, frontier: _Ids, query: _Ids, weights: _Floats, sums: _Floats
+    line: _Ints,
+    own: _Ints,
+    norms: _Floats,
+    frontier: _Ids,
+    query: _Ids,
+    weights: _Floats,
+    sums: _Floats,
+    places: _Ints,
+    ends: _Ints,
 ) -> int:
     """Sum the words' shares of all rows below the frontier, in its order, masked ones included; return how many.
 
-    `own`: the level's signatures as `_asked` lists them. `norms`: of the chunks; empty at a level of nodes.
+    `own`: the level's signatures as `_asked` lists them. `norms`: of the chunks; empty at a level of nodes. `places`,
+    `ends`: room for a number per parent and term. Whatever is read far from the last is asked for in the pass before.
     """
     children = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
     ids = carray(_int32_at(line[_IDS]), line[_ENTRIES])
@@ -701,30 +742,59 @@ def _word_sums(
     short_starts, long_starts = carray(_uint16_at(own[3]), own[8]), carray(_int32_at(own[3]), own[8])
     short_slots, long_slots = carray(_uint8_at(own[4]), entries), carray(_uint16_at(own[4]), entries)
     values = carray(_uint8_at(own[5]), entries)
-    base = 0
+    count = len(query)
     for parent in frontier:
-        count = children[parent + 1] - children[parent]
-        sums[base : base + count] = 0
-        last = offsets[parent + 1]
-        for t in range(len(query)):
-            place = _find(terms, offsets[parent], last, query[t])
+        _prefetch(own[2] + 8 * parent)
+        _prefetch(line[_OFFSETS] + 8 * parent)
+    _find_all(terms, own[1], offsets, frontier, query, places, ends)
+    for place in range(len(frontier) * count):
+        if places[place] >= 0:
+            _prefetch(own[3] + own[6] * places[place])
+            _prefetch(own[3] + own[6] * (places[place] + 1))
+    for f in range(len(frontier)):
+        parent = frontier[f]
+        last, most = offsets[parent + 1], bases[parent + 1] - bases[parent]
+        for t in range(count):
+            place = places[f * count + t]
             if place < 0:
                 continue
-            start, end = np.int64(0), bases[parent + 1] - bases[parent]
+            start, end = np.int64(0), most
             if own[6] == 2:
                 start = np.int64(short_starts[place])
                 end = np.int64(short_starts[place + 1]) if place + 1 < last else end
             else:
                 start = np.int64(long_starts[place])
                 end = np.int64(long_starts[place + 1]) if place + 1 < last else end
-            for entry in range(bases[parent] + max(start, 0), min(bases[parent] + end, bases[parent + 1])):
+            # From here on where the entries lie; a damaged file's stay within the block.
+            places[f * count + t] = bases[parent] + min(max(start, 0), most)
+            ends[f * count + t] = bases[parent] + min(max(end, 0), most)
+            _prefetch(own[4] + own[7] * places[f * count + t])
+            _prefetch(own[5] + places[f * count + t])
+    if len(norms) > 0:
+        for f in range(len(frontier)):
+            first, below = children[frontier[f]], children[frontier[f] + 1] - children[frontier[f]]
+            for t in range(count):
+                place = f * count + t
+                for entry in range(max(places[place], 0), ends[place] if places[place] >= 0 else 0):
+                    slot = np.int64(short_slots[entry]) if own[7] == 1 else np.int64(long_slots[entry])
+                    if slot < below:
+                        _prefetch(norms.ctypes.data + 4 * np.int64(ids[first + slot]))
+    base = 0
+    for f in range(len(frontier)):
+        first, below = children[frontier[f]], children[frontier[f] + 1] - children[frontier[f]]
+        sums[base : base + below] = 0
+        for t in range(count):
+            place = f * count + t
+            if places[place] < 0:
+                continue
+            for entry in range(places[place], ends[place]):
                 slot = np.int64(short_slots[entry]) if own[7] == 1 else np.int64(long_slots[entry])
-                if slot >= count:
+                if slot >= below:
                     continue  # a damaged file
                 share = np.float32(values[entry])
-                share = share / (share + norms[ids[children[parent] + slot]]) if len(norms) > 0 else share * STEP
+                share = share / (share + norms[ids[first + slot]]) if len(norms) > 0 else share * STEP
                 sums[base + slot] += weights[t] * share
-        base += count
+        base += below
     return base
 
 
@@ -803,6 +873,10 @@ def _search_slice(
     table = np.empty(slots, np.int32)
     with_words = len(query_offsets) > 0
     query, weights = query_terms[:0], query_weights[:0]
+    longest = 0
+    for b in range(first, last if with_words else first):
+        longest = max(longest, query_offsets[b + 1] - query_offsets[b])
+    found, found_ends = np.empty(beam * longest, np.int64), np.empty(beam * longest, np.int64)
     for b in range(first, last):
         if with_words:
             query = query_terms[query_offsets[b] : query_offsets[b + 1]]
@@ -820,7 +894,9 @@ def _search_slice(
             if with_words:
                 own_norms = norms if at_chunks else norms[:0]
                 own = signature_table[level]
-                below = _word_sums(line, own, own_norms, frontier[:width], query, weights, block_sums)
+                below = _word_sums(
+                    line, own, own_norms, frontier[:width], query, weights, block_sums, found, found_ends
+                )
                 best = _largest_below(line, masks[level], frontier[:width], block_sums)
             count, met = _meet(
                 line,
