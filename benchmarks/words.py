@@ -55,7 +55,7 @@ def main() -> None:
             "chunks": memory.image.chunks,
             "exact+bm25": hits(memory, queries, oracle),
             "bytes": {
-                "vectors": sum(size for file, size in files.items() if "-rows" in file.name),
+                "vectors": sum(size for file, size in files.items() if "-rows" in file.name or "-upper" in file.name),
                 "index": sum(size for file, size in files.items() if file.parent.name == "bm25"),
                 "forward index": sum(size for file, size in files.items() if file.name.startswith("words-")),
                 "signatures": sum(size for file, size in files.items() if "-words-" in file.name),

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,8 @@ from treemem.storage.image import Image
 from treemem.storage.lexical import LexicalQuery
 from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResult, Span, TokenMatch
 
+AUTO_CHUNKS = 2048
+"""Up to so many chunks mode `auto` scores all of them; by `benchmarks/crossover.py`."""
 CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""
 TITLE_TOKENS = 32
@@ -185,6 +187,7 @@ class Searcher:
     def search_one(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> SearchResult:
         """Search for one embedded query."""
         start = time.perf_counter()
+        config = self.decided(config, scope)
         ranked = self.rank(query, config, scope)
         matches: dict[int, tuple[TokenMatch, ...]] = {}
         if config.mode == "deep" and len(ranked.chunks):
@@ -193,12 +196,20 @@ class Searcher:
         gathered = self._gathered(ranked, config.beam)
         return SearchResult(query.text, hits, gathered, ranked.scored, (time.perf_counter() - start) * 1000)
 
+    def decided(self, config: SearchConfig, scope: Scope | None = None) -> SearchConfig:
+        """The configuration with the mode that `auto` stands for."""
+        if config.mode != "auto":
+            return config
+        chunks = self.image.chunks if scope is None else len(scope.chunks)
+        return replace(config, mode="exact+bm25" if chunks <= AUTO_CHUNKS else "hybrid")
+
     def rank(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> Ranked:
         """Rank chunks without level 0: in mode `deep` this is what `hybrid` gives.
 
         Where a decoder was trained, it ranks the best of them anew, in every mode but `bm25`. Returns at least
         `config.k` chunks where there are as many candidates.
         """
+        config = self.decided(config, scope)
         nothing = Ranked(np.empty(0, np.int32), np.empty(0, np.float32), 0)
         if self.image.chunks == 0 or not query.text.strip():
             return nothing

@@ -13,7 +13,7 @@ from treemem.errors import InputError
 FORMAT_VERSION = 1
 """Version of the stored layout; a memory of a higher one is refused."""
 
-Mode = Literal["deep", "hybrid", "walk", "exact", "bm25", "exact+bm25"]
+Mode = Literal["deep", "hybrid", "walk", "exact", "bm25", "exact+bm25", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Lexical = Literal["signatures", "index"]
 LEXICAL: tuple[Lexical, ...] = get_args(Lexical)
@@ -71,7 +71,8 @@ class SearchConfig:
 
     mode: Mode = "hybrid"
     """`walk`: a walk by vectors; `hybrid`: by vectors and words; `deep`: hybrid, then token states; `exact` and
-    `exact+bm25`: every chunk, by vectors or by both; `bm25`: words alone."""
+    `exact+bm25`: every chunk, by vectors or by both; `bm25`: words alone; `auto`: `exact+bm25` where that is as quick
+    as `hybrid`, `hybrid` elsewhere."""
     k: int = 10
     """How many hits to return, of the candidates: all chunks for `exact` and `exact+bm25`, all with a word of the query
     for `bm25`, those that the walk scored for `walk`, these and the best of the index for `hybrid` and `deep`."""

@@ -17,6 +17,7 @@ from tests.small import AWKWARD, CONFIG, QUESTIONS, documents
 
 from treemem.config import MAX_QUERY_EMBEDDINGS, MODES, Mode, SearchConfig, TreeConfig
 from treemem.errors import InputError
+from treemem.hierarchy import walk as walking
 from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.memory import Memory
 from treemem.hierarchy.walk import CACHED_CHUNKS, TITLE_TOKENS, Searcher, subtree
@@ -435,6 +436,21 @@ def test_twins_stand_in_the_order_of_the_memory(small_memory: Memory) -> None:
 
 
 # ---- how many
+
+
+def test_auto_scores_everything_while_that_is_as_quick(small_memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    searcher, chunks = small_memory.searcher, small_memory.image.chunks
+    query = searcher.embed([small_memory.image.chunk_text(5)])[0]
+    first = small_memory.image.reference(0).id
+    one = searcher.scope(first)
+    for most, mode in ((chunks, "exact+bm25"), (chunks - 1, "hybrid")):
+        monkeypatch.setattr(walking, "AUTO_CHUNKS", most)
+        assert searcher.decided(config("auto")).mode == mode
+        assert searcher.decided(config("auto"), one).mode == "exact+bm25"
+        expected = searcher.search_one(query, config(mode))  # type: ignore[arg-type]
+        got = searcher.search_one(query, config("auto"))
+        assert [hit.chunk for hit in got.hits] == [hit.chunk for hit in expected.hits]
+        assert got.scored == expected.scored
 
 
 @pytest.mark.parametrize("mode", MODES)
