@@ -23,7 +23,8 @@ from treemem.storage.levels import as_float32
 
 M, CONSTRUCTION = 32, 200
 EFS = (16, 32, 64, 128)
-BEAMS = (16, 24, 32, 40, 48, 56, 64, 80)
+AS_IT_COMES = 40  # faiss's efConstruction where none is named
+BEAMS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128)
 BLOCK = 50  # queries that one method answers before the next one's turn
 BATCH = 256
 REFERENCE = 64  # the ef whose hit@10 is to be reached
@@ -50,8 +51,10 @@ def graphs(vectors: np.ndarray, scratch: Path) -> tuple[list[Method], dict[str, 
     count, dimension = vectors.shape
     built: dict[str, Any] = {}
 
-    def made(name: str, build: Callable[[], None], store: Callable[[str], object]) -> Path:
-        path = scratch / f"{name}-{count}-{M}-{CONSTRUCTION}"
+    def made(
+        name: str, build: Callable[[], None], store: Callable[[str], object], construction: int = CONSTRUCTION
+    ) -> Path:
+        path = scratch / f"{name}-{count}-{M}-{construction}"
         note = path.with_suffix(".seconds")
         if not path.exists():
             begin = time.perf_counter()
@@ -62,11 +65,14 @@ def graphs(vectors: np.ndarray, scratch: Path) -> tuple[list[Method], dict[str, 
         print(name, built[name], flush=True)
         return path
 
-    flat = faiss.IndexHNSWFlat(dimension, M, faiss.METRIC_INNER_PRODUCT)
-    flat.hnsw.efConstruction = CONSTRUCTION
-    of_faiss: Any = faiss.read_index(
-        str(made("faiss HNSW", lambda: flat.add(vectors), lambda path: faiss.write_index(flat, path)))
-    )
+    def by_faiss(name: str, construction: int) -> Any:
+        flat = faiss.IndexHNSWFlat(dimension, M, faiss.METRIC_INNER_PRODUCT)
+        flat.hnsw.efConstruction = construction
+        path = made(name, lambda: flat.add(vectors), lambda path: faiss.write_index(flat, path), construction)
+        return faiss.read_index(str(path))
+
+    of_faiss = by_faiss("faiss HNSW", CONSTRUCTION)
+    plain = by_faiss("plain faiss HNSW", AS_IT_COMES)
     new = hnswlib.Index("ip", dimension)
     new.init_index(count, CONSTRUCTION, M)
     path = made("hnswlib", lambda: new.add_items(vectors), new.save_index)
@@ -82,6 +88,10 @@ def graphs(vectors: np.ndarray, scratch: Path) -> tuple[list[Method], dict[str, 
         def prepare_faiss(threads: int, ef: int = ef) -> None:
             faiss.omp_set_num_threads(threads)
             of_faiss.hnsw.efSearch = ef
+
+        def prepare_plain(threads: int, ef: int = ef) -> None:
+            faiss.omp_set_num_threads(threads)
+            plain.hnsw.efSearch = ef
 
         def prepare_hnswlib(threads: int, ef: int = ef) -> None:
             of_hnswlib.set_num_threads(threads)
@@ -99,6 +109,7 @@ def graphs(vectors: np.ndarray, scratch: Path) -> tuple[list[Method], dict[str, 
 
         methods += [
             Method(f"faiss HNSW ef {ef}", lambda queries: of_faiss.search(queries, 10)[1], prepare_faiss),
+            Method(f"plain faiss HNSW ef {ef}", lambda queries: plain.search(queries, 10)[1], prepare_plain),
             Method(f"hnswlib ef {ef}", lambda queries: of_hnswlib.knn_query(queries, 10)[0], prepare_hnswlib),
             Method(f"usearch ef {ef}", search_usearch, prepare_usearch),
         ]

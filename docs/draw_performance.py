@@ -51,7 +51,13 @@ def draw_growth(scored: Axes, time: Axes, sizes: dict[str, Any]) -> None:
 def draw_peers(axes: Axes, rows: dict[str, Any], key: str, title: str) -> None:
     """hit@10 by time, each index a line over its settings."""
     for number, (start, label) in enumerate(
-        (("walk", "walk, beam"), ("faiss", "faiss HNSW, ef"), ("hnswlib", "hnswlib, ef"), ("usearch", "usearch, ef"))
+        (
+            ("walk", "walk, beam"),
+            ("faiss", "faiss HNSW, ef"),
+            ("plain", "the same, efConstruction 40"),
+            ("hnswlib", "hnswlib, ef"),
+            ("usearch", "usearch, ef"),
+        )
     ):
         own = [(row[key], row["hit@10"], name.split()[-1]) for name, row in rows.items() if name.startswith(start)]
         axes.plot([x for x, _, _ in own], [y for _, y, _ in own], "o-", color=f"C{number}", label=label)

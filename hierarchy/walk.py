@@ -26,7 +26,7 @@ from treemem.storage.image import Image
 from treemem.storage.lexical import LexicalQuery
 from treemem.types import GatheredLevel, GatheredNode, Hit, PathStep, SearchResult, Span, TokenMatch
 
-AUTO_CHUNKS = 2048
+AUTO_CHUNKS = 1024
 """Up to so many chunks mode `auto` scores all of them; by `benchmarks/crossover.py`."""
 CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""

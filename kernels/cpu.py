@@ -361,8 +361,9 @@ def _dotting(_: Any, row: Any, query: Any, pieces: Any) -> Any:
     """A compiled function: the sum of `half * query` over pieces of 64 components, for a row's upper halves.
 
     It is built from LLVM's vectors since the loop written out in Python is not vectorised. With AVX-512 VNNI a piece is
-    one load, vpand and vpsrlw with vpand (the two halves), and 2 x vpdpbusd (32 products with the query, added in fours
-    to int32), on 256-bit registers. Elsewhere the halves and the query are widened to int16, multiplied and added
+    one load, vpand and vgf2p8affineqb (the two halves; vpsrlw and vpand where there is no GFNI), and 2 x vpdpbusd (32
+    products with the query, added in fours to int32), on 256-bit registers, as seen on Zen 4 in the assembly of
+    `_meet`. Elsewhere the halves and the query are widened to int16, multiplied and added
     (vpmullw and vpaddw on x86-64), 16 products of at most 15 * 127 in a lane before the lanes go over to int32.
     """
 

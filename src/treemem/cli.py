@@ -42,7 +42,7 @@ _debug = False
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
 ModeOption = Annotated[
-    str, typer.Option("--mode", help="hybrid, deep, walk, exact, bm25 or exact+bm25: see the documentation.")
+    str, typer.Option("--mode", help="hybrid, deep, walk, exact, bm25, exact+bm25 or auto: see the documentation.")
 ]
 Beam = Annotated[int, typer.Option(help="Nodes that a walk keeps per level.")]
 WithDecoder = Annotated[bool, typer.Option("--decoder/--no-decoder", help="Let a trained decoder rank the best anew.")]
