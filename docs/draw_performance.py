@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -64,6 +65,9 @@ def draw_peers(axes: Axes, rows: dict[str, Any], key: str, title: str) -> None:
         for x, y, setting in own:
             axes.annotate(setting, (x, y), xytext=(3, -9), textcoords="offset points", fontsize=7, color=f"C{number}")
     axes.set(title=title, xlabel="ms for a query (median)", ylabel="hit@10", xscale="log")
+    axes.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.4, 0.8, 1.6]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, fontsize=8)
 
 
