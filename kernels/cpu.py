@@ -8,6 +8,7 @@ process when two threads call it at once; both happen in servers.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ _BLOCK = 512  # rows that exact search compares with every query while they are 
 _NO_KEY = np.iinfo(np.int64).max  # worse than any key
 
 # Columns of the table that describes a tree to compiled code, one line per level.
-_ROWS, _SCALES, _UPPER, _UPPER_SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST = range(10)
+_ROWS, _SCALES, _UPPER, _UPPER_SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST, _PAGED = range(11)
 
 _Ints = NDArray[np.int64]
 _Ids = NDArray[np.int32]
@@ -217,7 +218,8 @@ def _prepare(tree: ServingTree) -> _Prepared:
     prepared = _trees.get(tree)
     if prepared is None:
         tree.check()  # compiled code does not look at bounds
-        table = np.zeros((tree.depth, 10), np.int64)
+        table = np.zeros((tree.depth, 11), np.int64)
+        table[:, _PAGED] = tree.paged
         arrays: list[NDArray[Any]] = []
         for line, blocks, size in zip(table, tree.levels, tree.sizes, strict=True):
             own = (blocks.rows, blocks.scales, blocks.upper, blocks.upper_scales, blocks.ids, blocks.offsets)
@@ -349,7 +351,24 @@ def _prefetching(_: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
+def _advising(_: Any, address: Any, size: Any) -> Any:
+    """A compiled function that asks the system to read what of a file is mapped there, without waiting for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, size = arguments
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(number, [byte, address.type, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "madvise")
+        begin = builder.and_(address, address.type(-mmap.PAGESIZE))
+        length = builder.sub(builder.add(address, size), begin)
+        builder.call(function, [builder.inttoptr(begin, byte), length, number(mmap.MADV_WILLNEED)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
 _prefetch: Any = intrinsic(_prefetching)
+_advise: Any = intrinsic(_advising)
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 
 
@@ -610,6 +629,12 @@ def _meet(
     upper, upper_scales, words_given = line[_UPPER], line[_UPPER_SCALES], len(block_sums) > 0
     address, scale, shift = q8.ctypes.data, q_scales[0], shifts[0]
     threshold = _NO_KEY
+    if line[_PAGED] and coarse:
+        for parent in frontier:
+            first, below = offsets[parent], offsets[parent + 1] - offsets[parent]
+            _advise(upper + first * width, below * width)
+            _advise(upper_scales + 4 * first, 4 * below)
+            _advise(line[_IDS] + 4 * first, 4 * below)
     place, count, met = -1, 0, 0
     for f in range(len(frontier)):
         parent = frontier[f]
@@ -921,6 +946,8 @@ def _search_slice(
                 q_scales[m] = _quantise_query(queries[level, b, m], q16[m], QUERY_STEPS)
             for i in range(count):
                 rows[i] = ids[i]
+                if line[_PAGED]:
+                    _advise(line[_ROWS] + rows[i] * dimension, dimension)
             _score_rows(line, rows[:count], q16, q_scales, cosines)
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])

@@ -46,6 +46,8 @@ class ServingTree:
     """How many elements each level has."""
     first_row: NDArray[np.int64]
     """[chunks] the first entry of the last level in which a chunk stands."""
+    paged: bool = False
+    """Whether it is larger than memory: walks then ask the system at once for all that a level will read."""
 
     @property
     def depth(self) -> int:

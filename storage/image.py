@@ -8,10 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +166,14 @@ def _mapped(folder: Path, name: str) -> Any:
     return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
-def read_tree(folder: Path, sizes: tuple[int, ...]) -> ServingTree:
+def read_tree(folder: Path, sizes: tuple[int, ...], available: int | None = None) -> ServingTree:
     """What `write_tree` wrote, memory-mapped.
 
     Args:
         folder: where it lies.
         sizes: number of elements of each level, top first.
+        available: bytes of memory that its files may take; by default what the machine has to give. Where they are
+            more, single pages are read, many at once, and not each with what lies around it.
 
     Raises DamagedMemory where the arrays do not fit together.
     """
@@ -177,9 +181,26 @@ def read_tree(folder: Path, sizes: tuple[int, ...]) -> ServingTree:
         LevelBlocks(*(_mapped(folder, f"level-{number}-{part}") for part in _PARTS))
         for number in range(len(sizes), 0, -1)
     )
-    tree = ServingTree(levels, sizes, _mapped(folder, "first-row"))
-    tree.check()
+    files = [getattr(level, field.name) for level in levels for field in fields(level)]
+    paged = sum(file.nbytes for file in files) > (available_memory() if available is None else available)
+    tree = ServingTree(levels, sizes, _mapped(folder, "first-row"), paged)
+    tree.check()  # reads whole files
+    for file in files:
+        if paged and file.size:
+            file._mmap.madvise(mmap.MADV_RANDOM)
     return tree
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process can still have: the machine's, or its control group's where that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        found = [int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(limit).read_text("utf-8")))
+    return min(found)
 
 
 def _id_hash(document_id: str) -> int:

@@ -17,9 +17,9 @@ from treemem.config import TreeConfig
 from treemem.errors import DamagedMemory, OutOfSpace
 from treemem.hierarchy.build import build, write_image
 from treemem.hierarchy.memory import Memory
-from treemem.kernels import upper_halves
+from treemem.kernels import back_end, upper_halves
 from treemem.storage import image as imaging
-from treemem.storage.image import Image, build_image, image_folder
+from treemem.storage.image import Image, available_memory, build_image, image_folder, read_tree
 from treemem.storage.levels import contextual
 from treemem.storage.store import Store
 from treemem.types import Document
@@ -106,6 +106,22 @@ def test_rows_are_the_vectors_of_the_store(whole: Path) -> None:
         rows = blocks.rows * blocks.scales[:, None]
         np.testing.assert_allclose(rows, vectors.astype(np.float32), atol=0.005)
         np.testing.assert_array_equal(blocks.upper, upper_halves(blocks.rows[blocks.ids]))
+
+
+def test_a_tree_larger_than_memory_is_walked_alike(whole: Path) -> None:
+    folder, sizes = folder_of(whole), Image(folder_of(whole)).tree.sizes
+    plain, paged = read_tree(folder, sizes), read_tree(folder, sizes, available=0)
+    assert (plain.paged, paged.paged) == (False, True)
+    queries = np.random.default_rng(0).standard_normal((plain.depth, 20, 1, plain.dimension)).astype(np.float32)
+    kernels = back_end("cpu")
+    for beam in (1, 3):
+        one, two = (kernels.search(tree, queries, beam, 5) for tree in (plain, paged))
+        np.testing.assert_array_equal(one.chunks, two.chunks)
+        np.testing.assert_array_equal(one.scores, two.scores)
+
+
+def test_available_memory() -> None:
+    assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_hashes_that_collide_are_told_apart(

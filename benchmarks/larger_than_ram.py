@@ -1,0 +1,91 @@
+"""Walks in a tree that does not fit into memory: in a control group that may hold a tenth of its files, and without."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import percentiles, save
+
+GROUP = Path("/sys/fs/cgroup/memory/treemem-benchmark")  # version 1 of control groups; needs root
+QUERIES, BEAM, K = 500, 32, 10
+
+
+def resident() -> int:
+    """Bytes of this process that are no file's."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def forget(folder: Path) -> None:
+    """Have the system forget what it holds of these files."""
+    for file in folder.glob("level-*.npy"):
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def walk(folder: str, sizes: list[int], share: float | None, queue: Any) -> None:
+    """Walk for queries near random chunks, with at most `share` of the files in memory; None for no limit."""
+    os.environ["TREEMEM_THREADS"] = "1"
+    from treemem.kernels import cpu
+    from treemem.storage.image import read_tree
+
+    if share is not None:
+        (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+    tree = read_tree(Path(folder), tuple(sizes), None if share is None else 0)
+    total = sum(
+        getattr(level, name).nbytes
+        for level in tree.levels
+        for name in ("rows", "scales", "upper", "upper_scales", "ids", "offsets")
+    )
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(sizes[-1], 2 * QUERIES)
+    blocks = tree.levels[-1]
+    queries = blocks.rows[chosen] * blocks.scales[chosen, None] + rng.normal(0, 0.02, (2 * QUERIES, tree.dimension))
+    levels = np.stack([queries.astype(np.float32)[:, None]] * tree.depth)
+    cpu.search(tree, levels[:, :1], BEAM, K)
+    limit = None
+    if share is not None:
+        limit = resident() + int(share * total)
+        (GROUP / "memory.limit_in_bytes").write_text(str(limit))
+    seconds = []
+    for number in range(2 * QUERIES):
+        begin = time.perf_counter()
+        cpu.search(tree, levels[:, number : number + 1], BEAM, K)
+        seconds.append(time.perf_counter() - begin)
+    queue.put({"files_bytes": total, "limit_bytes": limit, **percentiles(seconds[QUERIES:])})
+
+
+def main() -> None:
+    """Measure without a limit, then with a tenth."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True, help="a folder that benchmarks/scaling.py has left")
+    parser.add_argument("--sizes", type=int, nargs="+", required=True, help="the tree's levels, top first")
+    options = parser.parse_args()
+    rows: dict[str, Any] = {}
+    context = multiprocessing.get_context("spawn")
+    for name, share in (("all of it in memory", None), ("a tenth in memory", 0.1)):
+        if share is not None:
+            GROUP.mkdir(exist_ok=True)
+            forget(options.tree)
+        queue = context.Queue()
+        process = context.Process(target=walk, args=(str(options.tree), options.sizes, share, queue))
+        process.start()
+        rows[name] = queue.get()
+        process.join()
+        print(name, json.dumps(rows[name]), flush=True)
+    GROUP.rmdir()
+    one, two = (rows[name]["ms_p50"] for name in rows)
+    save("larger_than_ram", {"sizes": options.sizes, "rows": rows, "p50 ratio": round(two / one, 1)}, options)
+
+
+if __name__ == "__main__":
+    main()
