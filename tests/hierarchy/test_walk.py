@@ -569,7 +569,7 @@ def test_a_long_query_finds_what_any_part_asks_for(small_memory: Memory) -> None
         ({"k": -3}, "k = -3: it must be a whole number, at least 1"),
         ({"beam": 0}, "beam = 0: it must be a whole number from 1 to 4096"),
         ({"beam": 5000}, "beam = 5000: it must be a whole number from 1 to 4096"),
-        ({"mode": "nope"}, "mode = 'nope': it must be one of deep, hybrid, walk, exact, bm25, exact+bm25"),
+        ({"mode": "nope"}, "mode = 'nope': it must be one of deep, hybrid, walk, exact, bm25, exact+bm25, auto"),
     ],
 )
 def test_settings_out_of_range(small_memory: Memory, given: dict[str, int], message: str) -> None:
