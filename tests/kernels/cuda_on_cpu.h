@@ -28,7 +28,7 @@ struct Barrier {
 };
 inline std::vector<Fiber> all;
 inline ucontext_t scheduler;
-inline unsigned current, turns_without_progress;
+inline unsigned current;
 inline Barrier block;
 inline std::vector<Barrier> warps;
 inline std::vector<unsigned long long> slots;
