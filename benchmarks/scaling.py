@@ -89,8 +89,8 @@ def times(calls: list[Any], questions: int) -> list[list[float]]:
 def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sources: np.ndarray, levels: np.ndarray,
                texts: list[str]) -> dict[str, Any]:  # fmt: skip
     """One walk by both signals beside a walk and the inverted index's best, on the words of the real chunks."""
-    build_lexical(folder, (image.chunk_text(int(source)) for source in sources), len(sources), "en")
-    lexical = Lexical(folder, "en")
+    words = build_lexical(folder, (image.chunk_text(int(source)) for source in sources), len(sources), "en")
+    lexical = Lexical(folder, "en", len(sources), words)
     begin = time.perf_counter()
     write_signatures(folder, tree, lexical.index)
     seconds = time.perf_counter() - begin

@@ -20,7 +20,7 @@ from treemem.hierarchy.segment import cut
 from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.files import is_work, work_folder
 from treemem.storage.image import build_image, image_folder
-from treemem.storage.levels import Gate, contextual, document_runs, node_vectors
+from treemem.storage.levels import Gate, Spread, contextual, document_runs, node_vectors
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document, Progress, no_progress
 
@@ -42,7 +42,7 @@ def build(
     config: TreeConfig,
     progress: Progress = no_progress,
     *,
-    distinct: bool = False,
+    distinct_ids: bool = False,
     hierarchy: Hierarchy | None = None,
 ) -> None:
     """Build a memory, or continue a build that was interrupted.
@@ -53,7 +53,7 @@ def build(
         encoder: encoder 1.
         config: how the tree is built.
         progress: told about chunks encoded (of those cut so far), levels grown and the image written.
-        distinct: whether the documents' ids are known to differ.
+        distinct_ids: whether the documents' ids are known to differ.
         hierarchy: a trained one that the tree is grown with; None for an untrained tree.
 
     Raises:
@@ -71,8 +71,8 @@ def build(
     require_free(path)
     with alone(path):
         store = _open_or_create(path, encoder, config, hierarchy)
-        checked = _checked(documents)
-        remaining = _skip_stored(store, checked if distinct else _distinct(checked), progress)
+        given = checked(documents)
+        remaining = _skip_stored(store, given if distinct_ids else distinct(given), progress)
         if store.finished:
             _only_image(store, remaining, config, progress)
             return
@@ -100,11 +100,14 @@ def _taken(path: Path) -> StoreError:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the memory's build lock, which the system takes back from a process that is killed."""
+def alone(path: Path, wait: float = 0) -> Iterator[None]:
+    """Hold the memory's lock, which the system takes back from a process that is killed.
+
+    Waits so many seconds for another process that holds it, and raises StoreError then.
+    """
     with guard(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / _LOCK, timeout=0)
+        lock = FileLock(path / _LOCK, timeout=wait)
         try:
             lock.acquire()
         except Timeout:
@@ -143,7 +146,7 @@ def check_encoder(path: Path, recorded: dict[str, object], encoder: Encoder) -> 
         )
 
 
-def _checked(documents: Iterable[Document]) -> Iterator[Document]:
+def checked(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents, each looked at before anything is done with it."""
     for number, document in enumerate(documents, 1):
         if not isinstance(document, Document):
@@ -159,7 +162,7 @@ def _checked(documents: Iterable[Document]) -> Iterator[Document]:
         yield document
 
 
-def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
+def distinct(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents, as long as their ids differ. Holds some 100 bytes for each, however long the ids are."""
     seen: set[bytes] = set()
     for document in documents:
@@ -237,9 +240,10 @@ def _finish(store: Store, config: TreeConfig, progress: Progress) -> None:
     with guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
         vectors = contextual_file(store, config.alpha, scratch / "level-1", progress, _gate(hierarchy))
         residuals = None if hierarchy is None else hierarchy.residuals
-        levels = grow(vectors, config.fanout, config.spill, config.seed, progress, residuals)
+        spread = Spread.of(vectors)
+        levels = grow(vectors, config.fanout, config.spill, config.seed, progress, residuals, spread)
         info = store.info()
-        store.finish(levels, f"build: {info.documents:,} documents, {info.chunks:,} chunks", progress)
+        store.finish(levels, spread, f"build: {info.documents:,} documents, {info.chunks:,} chunks", progress)
         build_image(store, vectors, progress)
 
 
@@ -278,13 +282,14 @@ def contextual_file(
     path: Path,
     progress: Progress = no_progress,
     gate: Gate | None = None,
-    encodings: np.ndarray | None = None,
+    encodings: Any = None,
+    chunk_ends: np.ndarray | None = None,
 ) -> np.ndarray:
     """Level-1 vectors of all chunks, float16, in a memory-mapped file that the caller removes.
 
-    `encodings` take the place of the stored ones.
+    `encodings` and `chunk_ends` take the place of the stored ones.
     """
-    chunk_ends = store.read("documents/chunk_ends")
+    chunk_ends = store.read("documents/chunk_ends") if chunk_ends is None else chunk_ends
     given: Any = store.array("chunks/encodings") if encodings is None else encodings
     if given.shape[0] == 0:
         return np.empty(given.shape, np.float16)
@@ -333,6 +338,7 @@ def retrain(
             progress(f"encoding level {number}", number, len(info.levels))
             below = node_vectors(below, level.offsets, level.children, hierarchy.residuals.get(number))
             vectors.append(below)
-        snapshot = store.retrain(vectors, (hierarchy.config_bytes(), hierarchy.weights_bytes()), message, encodings)
+        weights = hierarchy.config_bytes(), hierarchy.weights_bytes()
+        snapshot = store.retrain(vectors, Spread.of(first), weights, message, encodings)
         build_image(store, first, progress)
     return snapshot

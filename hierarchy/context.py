@@ -64,6 +64,8 @@ def make_label(image: Image, level: int, node: int, weigh: Callable[..., np.ndar
     chunks = subtree(image, level, node)
     if len(chunks) > LABEL_CHUNKS:
         chunks = chunks[np.linspace(0, len(chunks) - 1, LABEL_CHUNKS).astype(np.int64)]
+    if len(chunks) == 0:
+        return ""
     begins, lengths = index.offsets[chunks], index.offsets[chunks + 1] - index.offsets[chunks]
     holders = np.repeat(chunks, lengths)
     entries = index.terms[np.arange(len(holders)) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)]

@@ -92,6 +92,7 @@ def grow(
     seed: int,
     progress: Progress = no_progress,
     residuals: Mapping[int, Residual] | None = None,
+    spread: Spread | None = None,
 ) -> list[Level]:
     """Grow all levels of nodes over chunk vectors.
 
@@ -102,6 +103,7 @@ def grow(
         seed: the same seed gives the same tree on the same machine.
         progress: told how many elements are clustered and seated, level by level.
         residuals: trained level encoders by level; where there is none, nodes are means.
+        spread: of the vectors, where it is known.
 
     Returns:
         Level 2 first; none where the chunks themselves are few enough for a top level (2 * fanout).
@@ -109,10 +111,9 @@ def grow(
     rng = np.random.default_rng(seed)
     levels: list[Level] = []
     below: np.ndarray = vectors
-    spread = Spread.of(vectors)
+    spread = Spread.of(vectors) if spread is None else spread
     while len(below) > 2 * fanout:
-        # Spill gives way to a small fanout: with more copies a level would not be much smaller than the one below.
-        copies = 1 if levels else min(spill, max(1, int(fanout / (2 * SLACK))))
+        copies = 1 if levels else seats_of_an_element(fanout, spill)
         nodes = max(2, round(SLACK * len(below) * copies / fanout))
         rows = _Scaled(below, spread)
         level = len(levels) + 2
@@ -121,6 +122,14 @@ def grow(
         levels.append(_level(seats, below, (residuals or {}).get(level)))
         below = levels[-1].vectors
     return levels
+
+
+def seats_of_an_element(fanout: int, spill: int) -> int:
+    """In how many nodes a chunk stands.
+
+    Spill gives way to a small fanout: with more copies a level would not be much smaller than the one below.
+    """
+    return min(spill, max(1, int(fanout / (2 * SLACK))))
 
 
 # ---- clustering
@@ -145,7 +154,7 @@ def _nearest(rows: Rows, centres: np.ndarray, best: int) -> tuple[np.ndarray, np
     return ids, similarities
 
 
-def _kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_: None) -> Float32[np.ndarray, "k d"]:
+def kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_: None) -> Float32[np.ndarray, "k d"]:
     """Spherical k-means; a cluster that runs empty starts again at a random row."""
     if len(rows) <= FEW:
         rows = as_float32(rows[:])
@@ -167,14 +176,14 @@ def _kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_
 def _centres(below: Rows, nodes: int, rng: np.random.Generator, done: Done) -> tuple[np.ndarray, Cells | None]:
     """Centres of the nodes; for many nodes in two stages, which costs n * sqrt(nodes) instead of n * nodes."""
     if nodes < TWO_STAGE_NODES:
-        return _kmeans(below, nodes, rng, done), None
+        return kmeans(below, nodes, rng, done), None
     cells = _cells(below, nodes, rng)
     centres = np.empty((nodes, below.shape[1]), np.float32)
     clustered = 0
     for cell in range(len(cells.vectors)):
         rows, own = cells.rows(cell), cells.nodes(cell)
         if len(own):
-            centres[own] = _kmeans(below[rows], len(own), rng)
+            centres[own] = kmeans(below[rows], len(own), rng)
         clustered += len(rows)
         done(clustered, len(below))
     return centres, cells
@@ -184,7 +193,7 @@ def _cells(below: Rows, nodes: int, rng: np.random.Generator) -> Cells:
     """About sqrt(nodes) cells, and how many nodes each gets: in proportion to its size, never more than elements."""
     count = round(nodes**0.5)
     sample = np.sort(rng.choice(len(below), min(len(below), 256 * count), replace=False))
-    coarse = _kmeans(below[sample], count, rng)
+    coarse = kmeans(below[sample], count, rng)
     of_row = _nearest(below, coarse, 1)[0][:, 0]
     most = LARGE_CELL * -(-len(below) // count)
     vectors = [coarse]
@@ -227,6 +236,13 @@ def _candidates(
 # ---- seating under the capacity
 
 
+def seats(
+    rows: Float32[np.ndarray, "n d"], centres: Float32[np.ndarray, "k d"], room: int
+) -> Int32[np.ndarray, "k room"]:
+    """Give each of some elements one of the places near some centres, `room` at each; -1 = free."""
+    return _seats(rows, centres, None, room, 1, lambda *_: None)
+
+
 def _seats(
     below: Rows, centres: np.ndarray, cells: Cells | None, fanout: int, copies: int, done: Done
 ) -> Int32[np.ndarray, "nodes fanout"]:
@@ -241,7 +257,7 @@ def _seats(
     nodes, places = np.nonzero(seats >= 0)
     first[seats[nodes, places]] = nodes
     del preferences
-    candidates, preferences = _complements(below, centres, candidates, first)
+    candidates, preferences = complements(below, centres, candidates, first)
     added = np.empty(0)
     for copy in range(1, copies):
         if copy > 1:  # nobody asks again for the place that it has just got
@@ -259,7 +275,7 @@ def _with(seats: np.ndarray, added: np.ndarray) -> np.ndarray:
     return -np.sort(-np.concatenate([seats, added], axis=1), axis=1)[:, : seats.shape[1]]
 
 
-def _complements(
+def complements(
     below: Rows, centres: np.ndarray, candidates: Int32[np.ndarray, "n c"], first: Int32[np.ndarray, " n"]
 ) -> tuple[Int32[np.ndarray, "n c"], Float32[np.ndarray, "n c"]]:
     """Candidates for a further seat, best first: near, and wrong in another direction than the first node.

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from treemem.config import SearchConfig, TreeConfig
-from treemem.errors import DamagedMemory, InputError, ModelError, UnreadableInput
+from treemem.errors import DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
 from treemem.hierarchy.ask import AskConfig, ask, config_for
-from treemem.hierarchy.build import build, check_encoder, require_free, write_image
+from treemem.hierarchy.build import alone, build, check_encoder, require_free, write_image
+from treemem.hierarchy.edits import EditReport, apply, compact, encode, masked_status, numbers_of, recall, sort_out
 from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
 from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
+from treemem.hierarchy.migrations import migrate
 from treemem.hierarchy.readers import ReadReport, read
+from treemem.hierarchy.verify import Verification, verify, verify_document
 from treemem.hierarchy.walk import Searcher
 from treemem.hierarchy.weights import DEFAULT_HIERARCHY, Hierarchy, load_hierarchy
+from treemem.hierarchy.where import condition
+from treemem.storage import history as past
+from treemem.storage.files import is_work
+from treemem.storage.history import Difference, Snapshot
 from treemem.storage.image import Image, image_folder
-from treemem.storage.store import Store, StoreInfo
+from treemem.storage.schema import MASKED, PRESENT, REMOVED
+from treemem.storage.store import MAIN, Store, StoreInfo
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
 
+COMPACT_FROM = 0.5
+"""From which part of chunks that came or went since the tree was grown `info` advises to grow it anew."""
+LOCK_SECONDS = 10.0
+"""How long an edit waits for another process to end its own."""
+IMAGES_KEPT = 4
+"""How many serving images of snapshots that nothing is at any more stay, for those who open them soon."""
 ASK_HITS = 10
 """From how many chunks the passages of an answer are made."""
 
@@ -32,6 +52,8 @@ class MemoryInfo:
 
     path: str
     documents: int
+    masked: int
+    """Documents that are hidden."""
     chunks: int
     levels: tuple[int, ...]
     """Number of elements of each level, top first."""
@@ -42,12 +64,38 @@ class MemoryInfo:
     config: TreeConfig
     trained: str | None
     """Of the tree's hierarchy: when and on what it was trained; None where it is untrained."""
+    branch: str | None
+    """What edits go to; None where a snapshot of the past is open."""
+    edited: float
+    """Which part of the chunks came or went since the tree was grown."""
     store_bytes: int
     image_bytes: int
 
+    @property
+    def advice(self) -> str | None:
+        """What is better done next, None where nothing is."""
+        if self.edited <= COMPACT_FROM:
+            return None
+        return f"{self.edited:.0%} of the chunks came or went since the tree was grown: treemem compact {self.path}"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What does not exist any more."""
+
+    documents: tuple[str, ...]
+    snapshots: tuple[str, ...]
+    """Older snapshots: all of them, since bytes are shared between them."""
+    tags: tuple[str, ...]
+    bytes: int
+    """How many bytes of the store were collected."""
+
 
 class Memory:
-    """A tree of embeddings over documents, opened at its current snapshot. Close at hand, lazy, safe to share."""
+    """A tree of embeddings over documents, opened at one snapshot. Close at hand, lazy, safe to share.
+
+    Edits make a new snapshot, which the memory is at afterwards; those who search meanwhile search the one before.
+    """
 
     def __init__(self, store: Store, image: Image, info: StoreInfo, encoder: Callable[[], Encoder]) -> None:
         """Wrap opened parts; `Memory.open` and `Memory.build` make one."""
@@ -113,28 +161,44 @@ class Memory:
         if hierarchy == DEFAULT_HIERARCHY and weights is not None and not weights.fits(loaded.info):
             weights = None
         build(
-            path, documents, loaded, config, _extrapolated(progress, fraction), distinct=from_files, hierarchy=weights
+            path,
+            documents,
+            loaded,
+            config,
+            _extrapolated(progress, fraction),
+            distinct_ids=from_files,
+            hierarchy=weights,
         )
         return cls.open(path, encoder=loaded)
 
     @classmethod
     def open(
-        cls, path: str | Path, *, encoder: str | Encoder | None = None, progress: Progress = no_progress
+        cls,
+        path: str | Path,
+        *,
+        at: str | datetime | None = None,
+        encoder: str | Encoder | None = None,
+        progress: Progress = no_progress,
     ) -> Memory:
         """Open a memory. The encoder is loaded at the first query; a missing serving image is made again.
 
         Args:
             path: the memory's folder.
+            at: a branch, a tag, a snapshot (its id, or the beginning of it) or a time, as ISO 8601 or a datetime; by
+                default the branch `main`. Only at a branch it can be edited.
             encoder: encoder 1 where the recorded name does not lead to it; its weights must be the recorded ones.
             progress: told about the making of a serving image.
 
         Raises:
             NotAMemory, NewerFormat, UnfinishedMemory, DamagedMemory: the memory cannot be used.
+            InputError: there is no such branch, tag, snapshot or time.
             EncoderMismatch: at the first query, where the encoder is another.
         """
         path = Path(path)
         store = Store.open(path)
         store.require_finished()
+        migrate(store, progress)
+        store = past.resolve(store, MAIN if at is None else at)
         info = store.info()
 
         def loaded() -> Encoder:
@@ -191,6 +255,7 @@ class Memory:
         mode: str = "hybrid",
         beam: int = 32,
         within: Iterable[str] | None = None,
+        where: str | None = None,
         config: SearchConfig | None = None,
     ) -> SearchResult:
         """Find the chunks that answer a query.
@@ -201,18 +266,25 @@ class Memory:
             mode: `hybrid`, `deep`, `walk`, `exact`, `bm25` or `exact+bm25`.
             beam: how many nodes the walk keeps per level.
             within: ids of the documents to search in.
+            where: search in the documents whose metadata meet this: `kind == "mail" and year >= 2020`.
             config: all settings at once; `k`, `mode` and `beam` are then not looked at.
 
         Raises InputError for settings out of range or an id that the memory does not hold.
         """
         config = config or SearchConfig(mode=mode, k=k, beam=beam)  # type: ignore[arg-type]
-        return self.search_many([query], config, within=within)[0]
+        return self.search_many([query], config, within=within, where=where)[0]
 
     def search_many(
-        self, queries: Sequence[str], config: SearchConfig | None = None, *, within: Iterable[str] | None = None
+        self,
+        queries: Sequence[str],
+        config: SearchConfig | None = None,
+        *,
+        within: Iterable[str] | None = None,
+        where: str | None = None,
     ) -> list[SearchResult]:
-        """Search for several queries, which are encoded together."""
+        """Search for several queries, which are encoded together; see `search`."""
         config = config or SearchConfig()
+        within = self._restricted(within, where)
         if config.mode == "bm25":  # needs no encoder, so none is loaded
             tokens, language = self._info.config.chunk_tokens, self._info.config.language
             return Searcher(self.image, None, tokens, language).search(queries, config, within)
@@ -233,6 +305,7 @@ class Memory:
         mode: str = "deep",
         beam: int = 32,
         within: Iterable[str] | None = None,
+        where: str | None = None,
         max_tokens: int | None = None,
         config: AskConfig | None = None,
         on_text: Callable[[str], None] | None = None,
@@ -246,6 +319,7 @@ class Memory:
             mode: how passages are found.
             beam: how many nodes the walk keeps per level.
             within: ids of the documents to look in.
+            where: look in the documents whose metadata meet this; see `search`.
             max_tokens: longest reply.
             config: everything else about asking; what suits the model if none is given.
             on_text: is given the reply piece by piece as the model writes it, before it is checked.
@@ -264,7 +338,7 @@ class Memory:
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)
         search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
-        return ask(self, question, llm, search, config, within, on_text)
+        return ask(self, question, llm, search, config, self._restricted(within, where), on_text)
 
     def document(self, document_id: str) -> Document:
         """A whole document.
@@ -275,6 +349,301 @@ class Memory:
         if number is None:
             raise InputError(f"document {document_id!r} is not in {self.store.path}")
         return self.image.document(number)
+
+    def ids(self, where: str | None = None) -> list[str]:
+        """The ids of the documents, masked ones included, or of those whose metadata meet a condition."""
+        holds = condition(where) if where is not None else None
+        records = (self.image.record(n) for n in np.flatnonzero(self.image.status != REMOVED).tolist())
+        return [record["id"] for record in records if holds is None or holds(record)]
+
+    def _restricted(self, within: Iterable[str] | None, where: str | None) -> Iterable[str] | None:
+        if where is None:
+            return within
+        found = self.ids(where)
+        if within is None:
+            return found
+        chosen = {within} if isinstance(within, str) else set(within)
+        return [own for own in found if own in chosen]
+
+    # ---- editing
+
+    def add(
+        self,
+        sources: str | Path | Sequence[str | Path] | Document | Iterable[Document],
+        *,
+        message: str | None = None,
+        report: ReadReport | None = None,
+        progress: Progress = no_progress,
+    ) -> EditReport:
+        """Add documents: those that are new, and those whose content has changed, in place of what was there.
+
+        Args:
+            sources: files, folders and globs, or a document or several.
+            message: of the snapshot; by default what has changed.
+            report: filled with what could not be read.
+            progress: told what is done.
+
+        Raises:
+            StoreError: another process is writing this memory, or the disk is full; nothing has changed then.
+            InputError: nothing can be read, or two documents have one id.
+        """
+        documents, _ = _documents(sources, report if report is not None else ReadReport())
+        with self._writing():
+            plan = sort_out(self.store, self.image, documents)
+            replaced = numbers_of(self.image, [own.id for own in plan.changed])
+            fresh = [*plan.new, *plan.changed]
+            new, encodings = encode(fresh, self.encoder, self.config, progress) if fresh else ([], None)
+            done = EditReport(
+                self.store.snapshot,
+                added=tuple(own.id for own in plan.new),
+                replaced=tuple(own.id for own in plan.changed),
+                unchanged=tuple(plan.unchanged),
+                chunks_added=sum(len(own.spans) for own in new),
+                chunks_removed=self._chunks_of(replaced),
+            )
+            # A document that was masked stays so when its content is replaced.
+            hidden = [n for n, own in enumerate(plan.changed, len(plan.new)) if self._is_masked(own.id)]
+            return self._edited(
+                done, message, added=new, encodings=encodings, removed=replaced, hidden=hidden, progress=progress
+            )
+
+    def remove(
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
+        progress: Progress = no_progress,
+    ) -> EditReport:  # fmt: skip
+        """Remove documents: their texts, chunks and vectors leave the memory, and all nodes above are computed anew.
+
+        Older snapshots hold them still: see `forget`.
+
+        Args:
+            ids: of the documents.
+            where: those whose metadata meet this, too; see `search`.
+            message: of the snapshot.
+            progress: told what is done.
+
+        Raises:
+            InputError: the memory does not hold one of them.
+            StoreError: another process is writing this memory, or the disk is full; nothing has changed then.
+        """
+        with self._writing():
+            numbers = self._chosen(ids, where)
+            removed = tuple(self.image.record(number)["id"] for number in numbers)
+            done = EditReport(self.store.snapshot, removed=removed, chunks_removed=self._chunks_of(numbers))
+            return self._edited(done, message, removed=numbers, progress=progress)
+
+    def forget(
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
+        progress: Progress = no_progress,
+    ) -> Forgotten:  # fmt: skip
+        """Remove documents for good: from every branch, and every older snapshot goes with its bytes.
+
+        Tags of snapshots that hold them are deleted. Who has an older snapshot open may read it until they close it.
+
+        Raises:
+            InputError: no branch holds one of them.
+            StoreError: another process is writing this memory.
+        """
+        wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
+        if where is not None:
+            wanted += [own for own in self.ids(where) if own not in wanted]
+        if not wanted:
+            return Forgotten((), (), (), 0)
+        with self._writing():
+            held = past.holding(self.store, wanted)
+            missing = [own for own in wanted if not any(own in there for there in held.values())]
+            if missing:
+                raise InputError(f"document {missing[0]!r} is in no branch or tag of {self.store.path}")
+            branches = past.branches(self.store)
+            tags = tuple(name for name in held if name not in branches)
+            for name in tags:
+                past.delete(self.store, name)
+            for name in held:
+                if name in branches and name != self.store.branch:
+                    other = Memory.open(self.store.path, at=name, encoder=self._encoder, progress=progress)
+                    other._removed_from_here(held[name], message, progress)
+            self._removed_from_here(held.get(str(self.store.branch), set()), message, progress)
+            snapshots, collected = past.expire(self.store)
+            self._drop_images(progress)
+        return Forgotten(tuple(wanted), tuple(snapshots), tags, collected)
+
+    def _removed_from_here(self, ids: Iterable[str], message: str | None, progress: Progress) -> None:
+        numbers = numbers_of(self.image, sorted(ids))
+        done = EditReport(
+            self.store.snapshot, removed=tuple(sorted(ids)), chunks_removed=self._chunks_of(numbers)
+        )  # fmt: skip
+        self._edited(done, message, removed=numbers, progress=progress)
+
+    def _drop_images(self, progress: Progress) -> None:
+        """Remove all serving images, which share files that hold what was forgotten, and make this one's anew."""
+        for folder in (self.store.path / "cache").iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+        self._swap(Image(write_image(self.store, self._info.config, progress)))
+
+    def mask(
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None
+    ) -> EditReport:  # fmt: skip
+        """Hide documents from searches and answers until `unmask`; the tree stays as it is."""
+        return self._hide(ids, where, message, MASKED)
+
+    def unmask(
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None
+    ) -> EditReport:  # fmt: skip
+        """Show documents again."""
+        return self._hide(ids, where, message, PRESENT)
+
+    def _hide(self, ids: Iterable[str], where: str | None, message: str | None, value: int) -> EditReport:
+        with self._writing():
+            numbers = [n for n in self._chosen(ids, where) if self.image.status[n] != value]
+            named = tuple(self.image.record(number)["id"] for number in numbers)
+            before = self.store.snapshot
+            done = EditReport(before, masked=named) if value == MASKED else EditReport(before, unmasked=named)
+            return self._edited(done, message, status=masked_status(self.image, numbers, value))
+
+    @contextmanager
+    def masked(self, ids: Iterable[str] = (), *, where: str | None = None) -> Iterator[Memory]:
+        """Hide documents from this memory's searches and answers inside a `with`; nothing is written."""
+        image = copy.copy(self.image)
+        for derived in ("hidden", "visible"):
+            image.__dict__.pop(derived, None)
+        image.status = masked_status(image, self._chosen(ids, where), MASKED)
+        before = self.image
+        self._swap(image, kept=True)
+        try:
+            yield self
+        finally:
+            self._swap(before, kept=True)
+
+    def compact(self, *, message: str | None = None, progress: Progress = no_progress) -> EditReport:
+        """Grow the tree anew over what is there: what many edits have unbalanced, and the numbers of what was removed.
+
+        Those who search meanwhile go on undisturbed.
+        """
+        with self._writing():
+            before = recall(self.image, self.config.seed)
+            self._swap(compact(self.store, message or "compact", progress))
+            after = recall(self.image, self.config.seed)
+            return EditReport(self.store.snapshot, recall_before=before, recall_after=after)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the memory's lock, at the tip of the branch."""
+        if self.store.branch is None:
+            raise StoreError(
+                f"{self.store.path}: opened at a snapshot of the past, which stays as it is; open a branch to edit it"
+            )
+        with alone(self.store.path, wait=LOCK_SECONDS):
+            self.refresh()
+            yield
+
+    def refresh(self) -> bool:
+        """Go to the tip of the branch, where another process has written to it. Returns whether there was anything."""
+        if self.store.branch is None:
+            return False
+        store = past.resolve(Store.open(self.store.path), self.store.branch)
+        if store.snapshot == self.image.snapshot:
+            return False
+        self.store = store
+        self._swap(_image(store, store.info(), no_progress))
+        return True
+
+    def _edited(
+        self, done: EditReport, message: str | None, *, hidden: Sequence[int] = (), **changes: Any
+    ) -> EditReport:
+        if not done.counts():
+            return done
+        text = message or done.message()
+        given = self.store, self.image, self.config, self.hierarchy
+        image = apply(*given, message=text, metadata=done.counts(), hidden=hidden, **changes)
+        self._swap(image)
+        self._sweep()
+        return replace(done, snapshot=self.store.snapshot)
+
+    def _swap(self, image: Image, *, kept: bool = False) -> None:
+        """Search another image from now on; searches that have begun go on in the one before."""
+        with self._lock:
+            before = self.image.hierarchy
+            self.image = image
+            self._searcher = None
+            if not kept:
+                if image.hierarchy != before:
+                    self._hierarchy = None
+                self._info = self.store.info()
+
+    def _sweep(self) -> None:
+        """Remove the images of snapshots that no branch or tag is at, but for the last few."""
+        kept = {*past.branches(self.store).values(), *past.tags(self.store).values()}
+        with suppress(OSError):
+            folders = [own for own in (self.store.path / "cache").iterdir() if own.is_dir() and own.name not in kept]
+            folders = [own for own in folders if not is_work(own)]
+            for folder in sorted(folders, key=lambda own: own.stat().st_mtime)[:-IMAGES_KEPT]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _chosen(self, ids: Iterable[str], where: str | None) -> list[int]:
+        numbers = numbers_of(self.image, ids)
+        if where is not None:
+            known = set(numbers)
+            numbers += [n for n in numbers_of(self.image, self.ids(where)) if n not in known]
+        return numbers
+
+    def _chunks_of(self, numbers: Iterable[int]) -> int:
+        return sum(len(self.image.chunks_of(number)) for number in numbers)
+
+    def _is_masked(self, document_id: str) -> bool:
+        number = self.image.number_of(document_id)
+        return number is not None and bool(self.image.status[number] == MASKED)
+
+    # ---- the past
+
+    def history(self) -> list[Snapshot]:
+        """The snapshots that lead to this one, newest first."""
+        return list(past.history(self.store))
+
+    def diff(self, before: str | datetime, after: str | datetime | None = None) -> Difference:
+        """How the documents of two snapshots differ; `after` is by default what is open.
+
+        Both are a branch, a tag, a snapshot or a time. Raises InputError where there is no such thing.
+        """
+        later = self.store if after is None else past.resolve(self.store, after)
+        return past.diff(past.resolve(self.store, before), later)
+
+    def rollback(self, to: str | datetime, progress: Progress = no_progress) -> str:
+        """Put the branch back at a tag, snapshot or time. Returns the snapshot that it was at, which leads back."""
+        with self._writing():
+            branch, before = self.store.branch, self.store.snapshot
+            assert branch is not None
+            target = past.resolve(self.store, to).snapshot
+            past.reset(self.store, branch, target)
+            self.store = self.store.at(target, branch)
+            self._swap(_image(self.store, self.store.info(), progress))
+        return before
+
+    def branches(self) -> dict[str, str]:
+        """Branches with the snapshots that they are at."""
+        return past.branches(self.store)
+
+    def tags(self) -> dict[str, str]:
+        """Tags with their snapshots."""
+        return past.tags(self.store)
+
+    def branch(self, name: str) -> None:
+        """Make a branch that begins at this snapshot; `Memory.open(path, at=name)` opens it."""
+        past.create_branch(self.store, name, self.store.snapshot)
+
+    def tag(self, name: str) -> None:
+        """Name this snapshot for good."""
+        past.create_tag(self.store, name, self.store.snapshot)
+
+    def delete(self, name: str) -> None:
+        """Remove a branch or a tag."""
+        past.delete(self.store, name)
+
+    def verify(self, document: str | None = None, progress: Progress = no_progress) -> Verification:
+        """Compare all that is stored with what it is made of, or one document and the nodes above it."""
+        if document is not None:
+            return verify_document(self.store, self.image, document)
+        return verify(self.store, self.image, progress)
+
+    # ---- about it
 
     @property
     def config(self) -> TreeConfig:
@@ -292,17 +661,28 @@ class Memory:
         return MemoryInfo(
             path=str(self.store.path),
             documents=info.documents,
+            masked=info.masked,
             chunks=info.chunks,
-            levels=info.levels[::-1],
+            levels=self.image.sizes,
             encoder=info.encoder["name"],
             dimension=info.dimension,
             snapshot=info.snapshot,
             format=info.format,
             config=info.config,
             trained=None if self.hierarchy is None else str(self.hierarchy.card.get("summary", "yes")),
+            branch=self.store.branch,
+            edited=self._edited_share(),
             store_bytes=_bytes(self.store.path / "store"),
             image_bytes=_bytes(self.image.folder),
         )
+
+    def _edited_share(self) -> float:
+        changed = 0
+        for snapshot in past.history(self.store):
+            if "documents" in snapshot.changes or "compacted" in snapshot.changes:
+                break
+            changed += snapshot.changes.get("chunks_added", 0) + snapshot.changes.get("chunks_removed", 0)
+        return changed / max(1, self.image.chunks)
 
 
 def _are_paths(sources: Any) -> bool:

@@ -20,7 +20,7 @@ from treemem.hierarchy.embed import Encoder, TokenStates
 from treemem.hierarchy.segment import cut
 from treemem.hierarchy.tokens import TOKEN_WEIGHT, TokenScorer, token_idf
 from treemem.hierarchy.weights import BM25_WEIGHT, Hierarchy
-from treemem.kernels import Found, Words, back_end, quantise
+from treemem.kernels import Found, Words, back_end
 from treemem.kernels.reference import quantise_queries
 from treemem.storage.image import Image
 from treemem.storage.lexical import LexicalQuery
@@ -30,6 +30,8 @@ AUTO_CHUNKS = 1024
 """Up to so many chunks mode `auto` scores all of them; by `benchmarks/crossover.py`."""
 CACHED_CHUNKS = 256
 """How many chunks' token states are kept for the next query."""
+WIDE_SCOPE = 8
+"""A scope that holds this part of the chunks or more is wide."""
 TITLE_TOKENS = 32
 """How much of its document's title a chunk's tokens are read with, where the encoder has room for it."""
 _NO_WALK = Found(
@@ -67,6 +69,11 @@ class Scope:
     def chunks(self) -> Int32[np.ndarray, " chunks"]:
         """The allowed chunks."""
         return np.flatnonzero(self.masks[-1]).astype(np.int32)
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether it holds so much of the memory that an index of all of it is asked and the rest passed over."""
+        return len(self.chunks) * WIDE_SCOPE >= len(self.masks[-1])
 
 
 @dataclass(frozen=True)
@@ -110,15 +117,18 @@ class Searcher:
         self._language = language
         self._states: OrderedDict[int, TokenStates] = OrderedDict()
         self._states_lock = threading.Lock()
+        self._everything = self._masked(image.visible) if image.hidden else None
+        """What a search is restricted to where nothing is asked for: None where nothing is hidden."""
         if encoder is not None and image.chunks:
             self._warm()
 
     def _warm(self) -> None:
         """Load the compiled kernels, 0.3 s once a process, so that no query is measured with it."""
         vector = np.zeros((1, self.image.tree.dimension), np.float32)
-        query = EmbeddedQuery(self.image.chunk_text(0), vector, ((0, 1),))
+        first = int(np.argmax(np.diff(self.image.spans[:, :2], axis=1)[:, 0] > 0))
+        query = EmbeddedQuery(self.image.chunk_text(first), vector, ((0, 1),))
         self.rank(query, SearchConfig(beam=1))
-        self._cosines(self.asked(query.vectors), np.zeros(1, np.int32))
+        self._cosines(self.asked(query.vectors), np.array([first], np.int32))
 
     # ---- queries
 
@@ -155,17 +165,21 @@ class Searcher:
     # ---- restricting
 
     def scope(self, document_ids: Iterable[str]) -> Scope:
-        """Restrict a search to some documents; a single string is one id.
+        """Restrict a search to some documents; a single string is one id. Masked ones stay hidden.
 
         Raises InputError for an id that the memory does not hold.
         """
-        mask = np.zeros(self.image.chunks, np.uint8)
+        mask = np.zeros(len(self.image.spans), np.uint8)
         for document_id in [document_ids] if isinstance(document_ids, str) else document_ids:
             number = self.image.number_of(document_id)
             if number is None:
                 raise InputError(f"document {document_id!r} is not in this memory; search without `within` to see ids")
             own = self.image.chunks_of(number)
             mask[own.start : own.stop] = 1
+        return self._masked(mask & self.image.visible if self.image.hidden else mask)
+
+    def _masked(self, mask: UInt8[np.ndarray, " chunks"]) -> Scope:
+        """The scope of these chunks, with the nodes that lead to them."""
         masks = [mask]
         for blocks in self.image.tree.levels[:0:-1]:
             masks.append(np.maximum.reduceat(masks[-1][blocks.ids], blocks.offsets[:-1]))
@@ -187,6 +201,7 @@ class Searcher:
     def search_one(self, query: EmbeddedQuery, config: SearchConfig, scope: Scope | None = None) -> SearchResult:
         """Search for one embedded query."""
         start = time.perf_counter()
+        scope = self._everything if scope is None else scope
         config = self.decided(config, scope)
         ranked = self.rank(query, config, scope)
         matches: dict[int, tuple[TokenMatch, ...]] = {}
@@ -209,6 +224,7 @@ class Searcher:
         Where a decoder was trained, it ranks the best of them anew, in every mode but `bm25`. Returns at least
         `config.k` chunks where there are as many candidates.
         """
+        scope = self._everything if scope is None else scope
         config = self.decided(config, scope)
         nothing = Ranked(np.empty(0, np.int32), np.empty(0, np.float32), 0)
         if self.image.chunks == 0 or not query.text.strip():
@@ -241,7 +257,9 @@ class Searcher:
             ModelError: a vector is not finite.
         """
         asked = self.asked(vectors)[:, :, None]
-        return self.kernels.search(self.image.tree, asked, beam, k, beside=beside, ends=self.image.chunk_ends)
+        allowed = None if self._everything is None else self._everything.masks
+        ends = self.image.chunk_ends
+        return self.kernels.search(self.image.tree, asked, beam, k, beside=beside, ends=ends, allowed=allowed)
 
     def _candidates(self, query: EmbeddedQuery, asked: np.ndarray, config: SearchConfig, scope: Scope | None) -> Ranked:
         """What a mode looks at, ranked by cosines, or by the convex sum of both signals."""
@@ -303,19 +321,11 @@ class Searcher:
         Nodes: see `treemem.storage.levels.Spread`. Then come the rankers, where they are trained.
         """
         depth = self.image.tree.depth
-        asked = np.empty((depth, *vectors.shape), np.float32)
-        asked[:-1] = self.kernels.project(*self._query_map, vectors) if depth > 1 else 0
-        asked[-1] = vectors
+        asked = self.image.asked(vectors)
         if self.hierarchy is not None:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
         return asked
-
-    @cached_property
-    def _query_map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The map of queries: its diagonal and, quantised, the rest. Every query reads it whole."""
-        diagonal = np.diagonal(self.image.query_map).astype(np.float32)
-        return diagonal, *quantise(self.image.query_map.T - np.diag(diagonal))
 
     def _cosines(self, asked: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         return self.kernels.score_chunks(self.image.tree, asked[-1][None], chunks[None])[0]
@@ -333,8 +343,8 @@ class Searcher:
 
     def _bm25_best(self, query: LexicalQuery, k: int, scope: Scope | None) -> tuple[np.ndarray, np.ndarray]:
         lexical = self.image.lexical
-        if scope is None:
-            return lexical.best(query, min(k, self.image.chunks))
+        if scope is None or scope.wide:
+            return lexical.best(query, min(k, self.image.chunks), None if scope is None else scope.masks[-1])
         chunks = scope.chunks
         scores = self.kernels.bm25_scores(lexical.index, query.terms, query.weights, chunks)
         found = _ranked(chunks[scores > 0], scores[scores > 0], 0)
@@ -492,24 +502,13 @@ class Searcher:
 
     # ---- results
 
-    @cached_property
-    def _parents(self) -> list[np.ndarray]:
-        """Of each level but the chunks, bottom up: the parent of every node, one level higher."""
-        levels = self.image.tree.levels
-        out = []
-        for blocks, size in zip(levels[-2:0:-1], self.image.tree.sizes[-2:0:-1], strict=True):
-            parents = np.empty(size, np.int32)
-            parents[blocks.ids] = np.repeat(np.arange(len(blocks.offsets) - 1), np.diff(blocks.offsets))
-            out.append(parents)
-        return out
-
     def _ways(self, asked: np.ndarray, ranked: Ranked, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The nodes above the first `count` chunks and their cosines, level 2 first, then upwards."""
         tree = self.image.tree
         chunks = ranked.chunks[:count]
         if tree.depth == 1 or len(chunks) == 0:
             return []
-        first = np.searchsorted(tree.levels[-1].offsets, tree.first_row[chunks], side="right") - 1
+        first = tree.parents[-1][chunks]
         through = dict(zip(ranked.walked.chunks[0].tolist(), ranked.walked.parents[0].tolist(), strict=True))
         known = np.array([through.get(int(chunk), -1) for chunk in chunks])
         nodes = np.where(known >= 0, known, first)
@@ -519,7 +518,7 @@ class Searcher:
             dots = (blocks.rows[nodes].astype(np.float64) @ steps[level - 1].T).astype(np.float32)
             out.append((nodes, (scales[level - 1] * blocks.scales[nodes, None] * dots).max(1)))
             if level < tree.depth:
-                nodes = self._parents[level - 2][nodes]
+                nodes = tree.parents[tree.depth - level][nodes]
         return out
 
     def _paths(self, query: EmbeddedQuery, ranked: Ranked, count: int) -> list[tuple[PathStep, ...]]:
@@ -537,8 +536,9 @@ class Searcher:
                     kept = dict(
                         zip(walked.nodes[1 - level, 0].tolist(), walked.node_scores[1 - level, 0].tolist(), strict=True)
                     )
+                numbers = self.image.names(level)
                 for i, (node, cosine) in enumerate(zip(nodes.tolist(), cosines.tolist(), strict=True)):
-                    steps[i].append(PathStep(level, node, kept.get(node, cosine)))
+                    steps[i].append(PathStep(level, int(numbers[node]), kept.get(node, cosine)))
         return [tuple(way[::-1]) for way in steps]
 
     def _hits(
@@ -562,17 +562,18 @@ class Searcher:
 
     def _gathered(self, ranked: Ranked, beam: int) -> tuple[GatheredLevel, ...]:
         """What the walk kept of every level, coarse to fine; nothing where no walk was made."""
-        tree = self.image.tree
         walked = ranked.walked
         if walked is _NO_WALK:
             return ()
         levels = []
-        for index in range(tree.depth - 1):
+        depth, sizes = self.image.tree.depth, self.image.sizes
+        for index in range(depth - 1):
+            numbers = self.image.names(depth - index)
             pairs = zip(walked.nodes[index, 0], walked.node_scores[index, 0], strict=True)
-            nodes = tuple(GatheredNode(int(node), float(score)) for node, score in pairs if node >= 0)
-            levels.append(GatheredLevel(tree.depth - index, tree.sizes[index], nodes))
+            nodes = tuple(GatheredNode(int(numbers[node]), float(score)) for node, score in pairs if node >= 0)
+            levels.append(GatheredLevel(depth - index, sizes[index], nodes))
         best = zip(ranked.chunks[:beam], ranked.scores[:beam], strict=True)
-        levels.append(GatheredLevel(1, tree.sizes[-1], tuple(GatheredNode(int(c), float(s)) for c, s in best)))
+        levels.append(GatheredLevel(1, sizes[-1], tuple(GatheredNode(int(c), float(s)) for c, s in best)))
         return tuple(levels)
 
 
@@ -582,10 +583,10 @@ def _encodable(text: str) -> str:
 
 
 def subtree(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:
-    """The chunks below a node of level 2 or higher, each once, in order."""
-    nodes = np.array([node])
+    """The chunks below a node of level 2 or higher, each once, in order; hidden ones are left out."""
+    nodes = np.array([image.places(level)[node]])
     for blocks in image.tree.levels[image.tree.depth - level + 1 :]:
         nodes = np.unique(
             np.concatenate([blocks.ids[blocks.offsets[n] : blocks.offsets[n + 1]] for n in nodes])
         ).astype(np.int64)
-    return nodes
+    return nodes[image.visible[nodes] != 0] if image.hidden else nodes

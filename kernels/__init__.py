@@ -9,7 +9,6 @@ from treemem.kernels.tree import (
     ServingTree,
     Signatures,
     Words,
-    first_rows,
 )
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Signatures",
     "Words",
     "back_end",
-    "first_rows",
     "quantise",
     "top_k",
     "upper_halves",

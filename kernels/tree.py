@@ -7,6 +7,7 @@ they are numbered as everywhere else in treemem: level 1 = chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,19 +34,22 @@ class LevelBlocks:
     ids: NDArray[np.int32]
     """[entries] which element stands in this place; a chunk may stand under several parents."""
     offsets: NDArray[np.int64]
-    """[parents + 1] the children of parent p are at offsets[p]:offsets[p + 1]; the top has one pseudo-parent."""
+    """[parents + 1] the children of parent p are at offsets[p]:offsets[p + 1]; the top has one pseudo-parent, whose
+    children may begin behind those that it had before an edit."""
 
 
 @dataclass(frozen=True, eq=False)
 class ServingTree:
-    """A whole tree as walks read it."""
+    """A whole tree as walks read it.
+
+    An edit changes nothing that is there: it appends elements in place of those that have changed, up to the top, and
+    so leaves some behind that nothing leads to. `live` has those that stand in the tree.
+    """
 
     levels: tuple[LevelBlocks, ...]
     """Top first; the last holds the chunks. A memory of few chunks has only that one."""
     sizes: tuple[int, ...]
     """How many elements each level has."""
-    first_row: NDArray[np.int64]
-    """[chunks] the first entry of the last level in which a chunk stands."""
     paged: bool = False
     """Whether it is larger than memory: walks then ask the system at once for all that a level will read."""
 
@@ -59,6 +63,36 @@ class ServingTree:
         """How many components a vector has."""
         return int(self.levels[-1].rows.shape[1])
 
+    @cached_property
+    def live(self) -> tuple[NDArray[np.int32], ...]:
+        """The elements of each level that stand in the tree, top first; a chunk under several parents so often."""
+        return tuple(ids for ids, _ in self._live)
+
+    @cached_property
+    def owners(self) -> tuple[NDArray[np.int32], ...]:
+        """The parent through which each of `live` stands in the tree."""
+        return tuple(above for _, above in self._live)
+
+    @cached_property
+    def parents(self) -> tuple[NDArray[np.int32], ...]:
+        """Of each level's elements the parent, the first of several; -1 at the top and where there is none."""
+        out = []
+        for level, ((ids, owners), size) in enumerate(zip(self._live, self.sizes, strict=True)):
+            own = np.full(size, -1, np.int32)
+            if level:
+                # Of several values for one place NumPy keeps the last, so they are written backwards.
+                own[ids[::-1]] = owners[::-1]
+            out.append(own)
+        return tuple(out)
+
+    @cached_property
+    def _live(self) -> tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]:
+        """Of each level the elements that stand in the tree, and the parent of each."""
+        out = [_below(self.levels[0], np.zeros(1, np.int32))]
+        for blocks in self.levels[1:]:
+            out.append(_below(blocks, out[-1][0]))
+        return tuple(out)
+
     def check(self) -> None:
         """Check everything that keeps a kernel inside the arrays; the rows themselves are not read.
 
@@ -66,20 +100,18 @@ class ServingTree:
         """
         if not self.levels or len(self.levels) != len(self.sizes):
             raise _damaged(f"{len(self.levels)} levels, {len(self.sizes)} sizes")
-        above = 1
+        above, live = 1, np.zeros(1, np.int32)
         for index, (blocks, size) in enumerate(zip(self.levels, self.sizes, strict=True)):
             where = f"level {self.depth - index}"
             _check_arrays(blocks, size, self.levels[-1].rows.shape[-1], where)
-            _check_children(blocks, above, size, where)
-            if index < self.depth - 1 and not (np.bincount(blocks.ids, minlength=size) == 1).all():
-                raise _damaged(f"{where}: a node does not stand under exactly one parent")
+            _check_children(blocks, above, size, where, from_zero=index > 0)
+            if index < self.depth - 1:
+                live, _ = _below(blocks, live)
+                if np.bincount(live, minlength=1).max() > 1:
+                    raise _damaged(f"{where}: a node stands under more than one parent")
             if not np.array_equal(blocks.upper_scales, blocks.scales[blocks.ids]):
                 raise _damaged(f"{where}: the scales of rows and of their upper halves differ")
             above = size
-        if self.first_row.dtype != np.int64 or not np.array_equal(
-            self.first_row, first_rows(self.levels[-1].ids, self.sizes[-1])
-        ):
-            raise _damaged("level 1: first_row does not name every chunk's first row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +183,9 @@ class Signatures:
         _check_type(self.starts, (np.uint16, np.int32), 1, f"{where}: starts")
         _check_type(self.slots, (np.uint8, np.uint16), 1, f"{where}: slots")
         _check_type(self.values, (np.uint8,), 1, f"{where}: values")
-        _check_offsets(self.offsets, parents, len(self.terms), f"{where}: terms")
-        _check_offsets(self.bases, parents, len(self.slots), f"{where}: entries")
+        from_zero = bool(children[0] == 0)
+        _check_offsets(self.offsets, parents, len(self.terms), f"{where}: terms", from_zero=from_zero)
+        _check_offsets(self.bases, parents, len(self.slots), f"{where}: entries", from_zero=from_zero)
         if len(self.starts) != len(self.terms) or len(self.values) != len(self.slots):
             raise _damaged(f"{where}: arrays of different lengths")
 
@@ -203,15 +236,12 @@ def upper_bytes(dimension: int) -> int:
     return 32 * -(-dimension // 64)
 
 
-def first_rows(ids: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    """Where each element stands first.
-
-    `ids`: [entries], values from 0 to `size` - 1. Returns int64 [size], -1 for an element that stands nowhere.
-    """
-    first = np.full(size, -1, np.int64)
-    # Of several values for one place NumPy keeps the last, so the entries are written backwards.
-    first[ids[::-1]] = np.arange(len(ids) - 1, -1, -1)
-    return first
+def _below(blocks: LevelBlocks, above: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The children of some parents, in their order, and the parent of each."""
+    starts = blocks.offsets[above]
+    counts = blocks.offsets[above + 1] - starts
+    shifts = np.repeat(starts - np.cumsum(counts) + counts, counts)
+    return np.asarray(blocks.ids[shifts + np.arange(len(shifts))]), np.repeat(above, counts)
 
 
 def _damaged(what: str) -> DamagedMemory:
@@ -245,15 +275,17 @@ def _check_arrays(blocks: LevelBlocks, size: int, dimension: int, where: str) ->
         raise _damaged(f"{where}: a scale is not between 0 and 1")
 
 
-def _check_children(blocks: LevelBlocks, parents: int, size: int, where: str) -> None:
-    _check_offsets(blocks.offsets, parents, len(blocks.ids), where)
+def _check_children(blocks: LevelBlocks, parents: int, size: int, where: str, *, from_zero: bool) -> None:
+    _check_offsets(blocks.offsets, parents, len(blocks.ids), where, from_zero=from_zero)
     if len(blocks.ids) and not (0 <= blocks.ids.min() and blocks.ids.max() < size):
         raise _damaged(f"{where}: an id is outside 0 to {size - 1}")
 
 
-def _check_offsets(offsets: NDArray[np.int64], parents: int, entries: int, where: str) -> None:
+def _check_offsets(
+    offsets: NDArray[np.int64], parents: int, entries: int, where: str, *, from_zero: bool = True
+) -> None:
     _check_type(offsets, (np.int64,), 1, f"{where}, offsets")
     if len(offsets) != parents + 1:
         raise _damaged(f"{where}: {len(offsets)} offsets for {parents} parents")
-    if offsets[0] != 0 or offsets[-1] != entries or (np.diff(offsets) < 0).any():
+    if offsets[0] < 0 or (from_zero and offsets[0] != 0) or offsets[-1] != entries or (np.diff(offsets) < 0).any():
         raise _damaged(f"{where}: the offsets do not rise from 0 to {entries}")

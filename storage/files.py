@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -44,6 +45,43 @@ def write_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...], blocks: Itera
 def save_npy(path: Path, array: np.ndarray) -> None:
     """Write a whole array. Unlike `numpy.save` it tells a full disk from other failures."""
     write_npy(path, array.dtype, array.shape, [array])
+
+
+def map_npy(path: Path, rows: int | None = None) -> np.ndarray:
+    """An array's file, memory-mapped.
+
+    Args:
+        path: the file.
+        rows: how many rows are taken; a file that was appended to has more than its header says. By default those of
+            the header.
+
+    Raises ValueError where it is no array's file, or too short.
+    """
+    with path.open("rb") as file:
+        dtype, shape = read_header(file)
+        shape = shape if rows is None else (rows, *shape[1:])
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(file, dtype, "r", file.tell(), shape)
+
+
+def read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of the array in a file, which is left where the values begin.
+
+    Raises ValueError where it is no array's file.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{Path(file.name).name}: another version of NumPy's file format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"{Path(file.name).name}: no plain array")
+    return dtype, shape
+
+
+def append_npy(path: Path, array: np.ndarray) -> None:
+    """Append rows to an array's file, whose header stays as it is: `map_npy` is told how many there are."""
+    with path.open("ab") as file:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """The serving image of one snapshot: what walks and searches read, memory-mapped, derived from the store.
 
-It lies in `cache/<snapshot>` inside the memory's folder and can be deleted at any time: it is made again.
+It lies in `cache/<snapshot>` inside the memory's folder and can be deleted at any time: it is made again. The image of
+a snapshot that an edit has made shares its arrays with that of the one before: it appends to them, and says of each how
+many rows are its own (`treemem.storage.follow`).
 """
 
 from __future__ import annotations
@@ -11,25 +13,26 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treemem.errors import DamagedMemory, StoreError
-from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise, upper_halves
+from treemem.kernels import LevelBlocks, ServingTree, back_end, quantise, upper_halves
 from treemem.kernels.tree import upper_bytes
-from treemem.storage.files import save_npy, work_folder, write_npy
-from treemem.storage.levels import Level, Spread, as_float32
+from treemem.storage.files import map_npy, save_npy, work_folder, write_npy
+from treemem.storage.levels import CLUSTERING_POWER, Level, as_float32
 from treemem.storage.lexical import Lexical, build_lexical
+from treemem.storage.schema import PRESENT, REMOVED
 from treemem.storage.signatures import read_signatures, write_signatures
 from treemem.storage.store import Store, guard
 from treemem.types import Document, DocumentRef, Progress, Span, no_progress
 
-IMAGE_VERSION = 4
+IMAGE_VERSION = 5
 ROWS = 16_384
 _COPIED = {
     "text": "documents/text",
@@ -39,8 +42,11 @@ _COPIED = {
     "chunk_ends": "documents/chunk_ends",
     "spans": "chunks/spans",
 }
-_PARTS = ("rows", "scales", "upper", "upper-scales", "ids", "offsets")
-_HIERARCHY = ("hierarchy.json", "hierarchy.safetensors")
+PARTS = ("rows", "scales", "upper", "upper-scales", "ids", "offsets")
+OWN = ("status",)
+"""Arrays that are not appended to: every image has its own, or shares one that never changes."""
+FIXED = ("query-map", "cluster-map", "cluster-mean", "id-hashes", "id-documents")
+HIERARCHY_FILES = ("hierarchy.json", "hierarchy.safetensors")
 
 
 def image_folder(store: Store, snapshot: str) -> Path:
@@ -71,30 +77,63 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
         with work_folder(target.parent, "making-") as folder:
             for name, source in _COPIED.items():
                 _copy(store, source, folder / f"{name}.npy")
-            write_tree(folder, vectors, store.levels(), progress)
-            save_npy(folder / "query-map.npy", Spread.of(vectors).map_queries())
-            for name, data in zip(_HIERARCHY, store.hierarchy() or (), strict=False):
+            _copy(store, "documents/status", folder / "status.npy")
+            levels = store.levels()
+            # Without nodes it is the chunks that stand at the top, those of removed documents left out.
+            status, ends = (map_npy(folder / f"{name}.npy") for name in ("status", "chunk_ends"))
+            present = np.flatnonzero(np.repeat(status != REMOVED, np.diff(ends, prepend=0))).astype(np.int32)
+            write_tree(folder, vectors, levels, progress, top=None if levels else present)
+            for number, level in enumerate(levels, 2):
+                save_npy(folder / f"level-{number}-names.npy", np.arange(len(level.vectors), dtype=np.int32))
+                save_npy(folder / f"level-{number}-vectors.npy", level.vectors)
+            spread = store.spread()
+            save_npy(folder / "query-map.npy", spread.map_queries())
+            save_npy(folder / "cluster-map.npy", spread.scaling(CLUSTERING_POWER))
+            save_npy(folder / "cluster-mean.npy", spread.mean)
+            for name, data in zip(HIERARCHY_FILES, store.hierarchy() or (), strict=False):
                 (folder / name).write_bytes(data)
             _write_ids(folder)
             texts = _chunk_texts(folder, progress)
-            build_lexical(folder, texts, info.chunks, info.config.language)
+            words = build_lexical(folder, texts, info.levels[0], info.config.language)
             tree = read_tree(folder, info.levels[::-1])
-            write_signatures(folder, tree, Lexical(folder, info.config.language).index, progress)
-            del tree
-            files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-            description = {
-                "image": IMAGE_VERSION,
-                "snapshot": info.snapshot,
-                "sizes": info.levels[::-1],
-                "language": info.config.language,
-                "files": files,
-            }
-            (folder / "image.json").write_text(json.dumps(description, indent=1))
-            _replace(folder, target)
+            lexical = Lexical(folder, info.config.language, info.chunks, words)
+            write_signatures(folder, tree, lexical.index, progress)
+            del tree, lexical
+            describe(
+                folder,
+                {
+                    "snapshot": info.snapshot,
+                    "sizes": info.levels[::-1],
+                    "language": info.config.language,
+                    "chunks": info.chunks,
+                    "words": words,
+                    "fresh": True,
+                },
+                {file.stem: _npy_rows(file) for file in sorted(folder.glob("*.npy"))},
+            )
+            replace_folder(folder, target)
     return target
 
 
-def _replace(folder: Path, target: Path) -> None:
+def describe(folder: Path, fields: dict[str, Any], rows: dict[str, int]) -> None:
+    """Write what an image says of itself, last of all.
+
+    Args:
+        folder: holds its other files.
+        fields: beside version, files and rows.
+        rows: how many rows of each array are its own.
+    """
+    own = {name: count for name, count in rows.items() if name not in (*OWN, *FIXED)}
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    description = {"image": IMAGE_VERSION, **fields, "rows": own, "files": files}
+    (folder / "image.json").write_text(json.dumps(description, indent=1))
+
+
+def _npy_rows(file: Path) -> int:
+    return int(np.load(file, mmap_mode="r", allow_pickle=False).shape[0])
+
+
+def replace_folder(folder: Path, target: Path) -> None:
     """Move a finished image into place, unless another process has put a whole one there: that one is being read."""
     for _ in range(10):
         try:
@@ -117,7 +156,14 @@ def _copy(store: Store, source: str, path: Path) -> None:
     write_npy(path, array.dtype, array.shape, store.blocks(source, array.chunks[0] * 8))
 
 
-def write_tree(folder: Path, vectors: np.ndarray, levels: Sequence[Level], progress: Progress = no_progress) -> None:
+def write_tree(
+    folder: Path,
+    vectors: np.ndarray,
+    levels: Sequence[Level],
+    progress: Progress = no_progress,
+    *,
+    top: np.ndarray | None = None,
+) -> None:
     """Write every level: quantised vectors, and by parent the upper halves of the children's, side by side.
 
     Args:
@@ -125,24 +171,23 @@ def write_tree(folder: Path, vectors: np.ndarray, levels: Sequence[Level], progr
         vectors: level 1.
         levels: level 2 first.
         progress: told about rows laid out.
+        top: which elements stand at the top; by default all of the last level.
     """
     below = [vectors, *(level.vectors for level in levels)]
     for number, elements in enumerate(below, 1):
         if number <= len(levels):
             offsets, ids = levels[number - 1].offsets, levels[number - 1].children
         else:
-            offsets = np.array([0, len(elements)], np.int64)
-            ids = np.arange(len(elements), dtype=np.int32)
+            ids = np.arange(len(elements), dtype=np.int32) if top is None else top
+            offsets = np.array([0, len(ids)], np.int64)
         scales, shape = np.empty(len(elements), np.float32), elements.shape
         path = folder / f"level-{number}-rows.npy"
         write_npy(path, np.dtype(np.int8), shape, _quantised(elements, scales, progress))
-        rows = _mapped(folder, path.stem)
+        rows = map_npy(path)
         path = folder / f"level-{number}-upper.npy"
         write_npy(path, np.dtype(np.uint8), (len(ids), upper_bytes(shape[1])), _upper(rows, ids, progress))
         for name, array in {"scales": scales, "upper-scales": scales[ids], "ids": ids, "offsets": offsets}.items():
             save_npy(folder / f"level-{number}-{name}.npy", array)
-        if number == 1:
-            save_npy(folder / "first-row.npy", first_rows(ids, len(elements)))
 
 
 def _quantised(elements: np.ndarray, scales: np.ndarray, progress: Progress) -> Iterator[np.ndarray]:
@@ -162,11 +207,13 @@ def _upper(rows: np.ndarray, ids: np.ndarray, progress: Progress) -> Iterator[np
         yield upper_halves(rows[ids[start : start + ROWS]])
 
 
-def _mapped(folder: Path, name: str) -> Any:
-    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-
-
-def read_tree(folder: Path, sizes: tuple[int, ...], available: int | None = None) -> ServingTree:
+def read_tree(
+    folder: Path,
+    sizes: tuple[int, ...],
+    available: int | None = None,
+    *,
+    rows: Mapping[str, int] | None = None,
+) -> ServingTree:
     """What `write_tree` wrote, memory-mapped.
 
     Args:
@@ -174,20 +221,24 @@ def read_tree(folder: Path, sizes: tuple[int, ...], available: int | None = None
         sizes: number of elements of each level, top first.
         available: bytes of memory that its files may take; by default what the machine has to give. Where they are
             more, single pages are read, many at once, and not each with what lies around it.
+        rows: how many rows of each array belong to it; by default all.
 
     Raises DamagedMemory where the arrays do not fit together.
     """
-    levels = tuple(
-        LevelBlocks(*(_mapped(folder, f"level-{number}-{part}") for part in _PARTS))
-        for number in range(len(sizes), 0, -1)
-    )
-    files = [getattr(level, field.name) for level in levels for field in fields(level)]
+    levels, files = [], []
+    for number in range(len(sizes), 0, -1):
+        names = [f"level-{number}-{part}" for part in PARTS]
+        parts = [map_npy(folder / f"{name}.npy", None if rows is None else rows[name]) for name in names]
+        files += parts
+        if number == len(sizes):  # after an edit the top has its children behind those that it had before
+            parts[-1] = np.ascontiguousarray(parts[-1][-2:])
+        levels.append(LevelBlocks(*parts))
     paged = sum(file.nbytes for file in files) > (available_memory() if available is None else available)
-    tree = ServingTree(levels, sizes, _mapped(folder, "first-row"), paged)
+    tree = ServingTree(tuple(levels), sizes, paged)
     tree.check()  # reads whole files
     for file in files:
-        if paged and file.size:
-            file._mmap.madvise(mmap.MADV_RANDOM)
+        if paged and isinstance(file, np.memmap):
+            file._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return tree
 
 
@@ -203,50 +254,62 @@ def available_memory() -> int:
     return min(found)
 
 
-def _id_hash(document_id: str) -> int:
+def id_hash(document_id: str) -> int:
+    """By which a document is looked up."""
     return int.from_bytes(hashlib.blake2b(document_id.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 def _write_ids(folder: Path) -> None:
-    """Hashes of the documents' ids in rising order, each with its document's number."""
-    records, ends = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("records", "record_ends"))
-    hashes = np.empty(len(ends), np.uint64)
+    """Hashes of the documents' ids in rising order, each with its document's number; later ones go to the tail."""
+    records, ends, status = (map_npy(folder / f"{name}.npy") for name in ("records", "record_ends", "status"))
+    hashes = np.zeros(len(ends), np.uint64)
     begin = 0
     for document, end in enumerate(ends):
-        hashes[document] = _id_hash(json.loads(bytes(records[begin:end]))["id"])
+        if status[document] != REMOVED:
+            hashes[document] = id_hash(json.loads(bytes(records[begin:end]))["id"])
         begin = int(end)
     order = np.argsort(hashes, kind="stable")
     save_npy(folder / "id-hashes.npy", hashes[order])
     save_npy(folder / "id-documents.npy", order)
+    save_npy(folder / "id-tail.npy", np.empty(0, np.uint64))
 
 
-def _chunk_texts(folder: Path, progress: Progress) -> Iterator[str]:
-    text, text_ends, chunk_ends, spans = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("text", "text_ends", "chunk_ends", "spans")
+def _chunk_texts(folder: Path, progress: Progress) -> Iterator[str | None]:
+    """The texts of the chunks, None for those of removed documents."""
+    text, text_ends, chunk_ends, spans, status = (
+        map_npy(folder / f"{name}.npy") for name in ("text", "text_ends", "chunk_ends", "spans", "status")
     )
     chunk = 0
     for document, end in enumerate(chunk_ends):
         begin = int(text_ends[document - 1]) if document else 0
         for _, _, first, last in spans[chunk:end]:
-            yield bytes(text[begin + first : begin + last]).decode()
+            yield None if status[document] == REMOVED else bytes(text[begin + first : begin + last]).decode()
         if chunk // 4096 != end // 4096:
             progress("indexing words", float(end), float(len(spans)))
         chunk = int(end)
 
 
 def _check_description(description: Any) -> None:
-    fields = {"image": int, "snapshot": str, "sizes": list, "language": str, "files": dict}
-    if not isinstance(description, dict) or any(not isinstance(description.get(f), t) for f, t in fields.items()):
+    fields = {
+        "image": int, "snapshot": str, "sizes": list, "language": str, "chunks": int, "words": int,
+        "fresh": bool, "files": dict, "rows": dict,
+    }  # fmt: skip
+    if not isinstance(description, dict) or description.get("image") != IMAGE_VERSION:
+        raise ValueError("another version" if isinstance(description, dict) else "image.json holds something else")
+    if any(not isinstance(description.get(f), t) for f, t in fields.items()):
         raise ValueError("image.json holds something else")
-    if description["image"] != IMAGE_VERSION:
-        raise ValueError(f"version {description['image']}")
-    numbers = [*description["sizes"], *description["files"].values()]
+    numbers = [*description["sizes"], *description["files"].values(), *description["rows"].values()]
+    numbers += [description["chunks"], description["words"]]
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or not description["sizes"]:
         raise ValueError("image.json holds sizes that are none")
 
 
 class Image:
-    """One snapshot, ready to be searched: ids, scales and offsets are checked once, vectors and texts are mapped."""
+    """One snapshot, ready to be searched: ids, scales and offsets are checked once, vectors and texts are mapped.
+
+    Nodes have numbers, by which the store knows them, and places in the tree, which an edit gives anew. Chunks and
+    documents keep their numbers; those of removed ones stand empty.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open an image.
@@ -257,36 +320,120 @@ class Image:
         try:
             description = json.loads((folder / "image.json").read_text("utf-8"))
             _check_description(description)
-            for name, size in description["files"].items():
-                if (folder / name).stat().st_size != size:
+            self._rows: dict[str, int] = description["rows"]
+            self.files: dict[str, int] = description["files"]
+            """The size of each file; what is appended to for a later snapshot lies behind it."""
+            self.language: str = description["language"]
+            for name, size in self.files.items():
+                found = (folder / name).stat().st_size
+                if found < size or (found > size and Path(name).stem not in self._rows):
                     raise ValueError(f"{name} has another size")
             self.snapshot: str = description["snapshot"]
-            self.tree = read_tree(folder, tuple(description["sizes"]))
-            self.lexical = Lexical(folder, description["language"])
-            self.signatures = read_signatures(folder, self.tree)
+            self.chunks: int = description["chunks"]
+            """How many chunks the documents have that are there."""
+            self.words: int = description["words"]
+            """How many words these have."""
+            self.fresh: bool = description["fresh"]
+            """Whether it was written as a whole: nodes then stand at their numbers."""
+            sizes = tuple(description["sizes"])
+            self.tree = read_tree(folder, sizes, rows=self._rows)
+            self.lexical = Lexical(folder, self.language, self.chunks, self.words, self._rows)
+            self.signatures = read_signatures(folder, self.tree, self._rows)
             """The words of all levels, top first."""
             self._text, self._text_ends, self._records, self._record_ends, self._chunk_ends, self.spans = (
                 self._load(name) for name in _COPIED
             )
+            self.status: np.ndarray = np.asarray(self._load("status"))
+            """[documents] `treemem.storage.schema.PRESENT`, `MASKED` or `REMOVED`."""
             self.query_map = self._load("query-map")
             """(d, d): what query vectors are multiplied by before they are compared with nodes."""
             self.hierarchy: tuple[bytes, bytes] | None = None
             """Configuration and weights of a trained hierarchy."""
-            if _HIERARCHY[0] in description["files"]:
-                self.hierarchy = ((folder / _HIERARCHY[0]).read_bytes(), (folder / _HIERARCHY[1]).read_bytes())
+            if HIERARCHY_FILES[0] in description["files"]:
+                self.hierarchy = (
+                    (folder / HIERARCHY_FILES[0]).read_bytes(),
+                    (folder / HIERARCHY_FILES[1]).read_bytes(),
+                )
             self._id_hashes, self._id_documents = self._load("id-hashes"), self._load("id-documents")
-        except (OSError, ValueError, EOFError, RecursionError, DamagedMemory) as error:
+            self._id_tail = self._load("id-tail")
+            self.cluster_map, self.cluster_mean = self._load("cluster-map"), self._load("cluster-mean")
+            """(d, d) and (d): what vectors are multiplied by, less their mean, before they are clustered."""
+            self._names = tuple(self._load(f"level-{number}-names") for number in range(len(sizes), 1, -1))
+        except (OSError, ValueError, EOFError, RecursionError, KeyError, DamagedMemory) as error:
             raise DamagedMemory(f"{folder}: the serving image is damaged ({error}); delete the folder") from error
 
-        if len(self._id_hashes) != self.documents or len(self.spans) != self.tree.sizes[-1]:
+        known = len(self._id_hashes) + len(self._id_tail)
+        if not known == len(self._text_ends) == len(self.status) or len(self.spans) != self.tree.sizes[-1]:
             raise DamagedMemory(f"{folder}: the serving image is damaged (counts differ); delete the folder")
 
     def _load(self, name: str) -> Any:
-        return _mapped(self.folder, name)
+        return map_npy(self.folder / f"{name}.npy", self._rows.get(name))
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows of each array are its own."""
+        return dict(self._rows)
+
+    @cached_property
+    def hidden(self) -> bool:
+        """Whether there are documents that were masked or removed."""
+        return bool((self.status != PRESENT).any())
+
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """Of every chunk whether its document is neither masked nor removed, uint8."""
+        return np.repeat((self.status == PRESENT).astype(np.uint8), np.diff(self._chunk_ends, prepend=0))
+
+    # ---- nodes
+
+    def names(self, level: int) -> np.ndarray:
+        """The numbers of the nodes of a level, 2 or higher, by their places in the tree."""
+        return np.asarray(self._names[self.tree.depth - level])
+
+    def places(self, level: int) -> np.ndarray:
+        """The places in the tree of the nodes of a level, 2 or higher, by their numbers."""
+        return self._places[self.tree.depth - level]
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, ...]:
+        out = []
+        for names, live in zip(self._names, self.tree.live, strict=False):
+            places = np.empty(len(live), np.int32)
+            places[names[live]] = live
+            out.append(places)
+        return tuple(out)
+
+    def node_vectors(self, level: int) -> np.ndarray:
+        """The vectors of the nodes of a level, float16, by their places in the tree."""
+        return np.asarray(self._load(f"level-{level}-vectors"))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements of each level stand in the tree, top first, the chunks last."""
+        return (*(len(live) for live in self.tree.live[:-1]), self.chunks)
+
+    @cached_property
+    def _factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The map of queries: its diagonal and, quantised, the rest. Every query reads it whole."""
+        diagonal = np.diagonal(self.query_map).astype(np.float32)
+        return diagonal, *quantise(self.query_map.T - np.diag(diagonal))
+
+    def asked(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors as each level is compared with them: float32 [n, d] to [depth, n, d], top first.
+
+        Nodes: see `treemem.storage.levels.Spread`.
+        """
+        out = np.empty((self.tree.depth, *vectors.shape), np.float32)
+        if self.tree.depth > 1:
+            out[:-1] = back_end().project(*self._factors, np.asarray(vectors, np.float32))
+        out[-1] = vectors
+        return out
+
+    # ---- documents
 
     @property
     def documents(self) -> int:
-        """How many documents there are."""
+        """How many numbers documents have; those of removed ones stay empty."""
         return len(self._text_ends)
 
     @property
@@ -294,20 +441,18 @@ class Image:
         """Where each document's chunks end, shape (documents,)."""
         return np.asarray(self._chunk_ends)
 
-    @property
-    def chunks(self) -> int:
-        """How many chunks there are."""
-        return len(self.spans)
-
     def number_of(self, document_id: str) -> int | None:
         """The number of the document with this id, None where there is none."""
-        wanted = np.uint64(_id_hash(document_id))
+        wanted = np.uint64(id_hash(document_id))
         place = int(np.searchsorted(self._id_hashes, wanted))
+        numbers = []
         while place < len(self._id_hashes) and self._id_hashes[place] == wanted:
-            number = int(self._id_documents[place])
-            if self.record(number)["id"] == document_id:
-                return number
+            numbers.append(int(self._id_documents[place]))
             place += 1
+        numbers += (np.flatnonzero(self._id_tail == wanted) + len(self._id_hashes)).tolist()
+        for number in numbers:
+            if self.status[number] != REMOVED and self.record(number)["id"] == document_id:
+                return number
         return None
 
     def document_of(self, chunks: np.ndarray) -> np.ndarray:

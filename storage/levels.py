@@ -99,6 +99,20 @@ class Level:
     """Elements of the level below; a chunk may stand under several nodes."""
     vectors: Float16[np.ndarray, "nodes d"]
 
+    @classmethod
+    def of_slots(cls, slots: Int32[np.ndarray, "nodes fanout"], vectors: Float16[np.ndarray, "nodes d"]) -> Level:
+        """From the children as they are stored, -1 = free, behind the others."""
+        taken = slots >= 0
+        offsets = np.concatenate([[0], np.cumsum(taken.sum(1))]).astype(np.int64)
+        return cls(offsets, slots[taken], vectors)
+
+    def slots(self, fanout: int) -> Int32[np.ndarray, "nodes fanout"]:
+        """The children as they are stored."""
+        counts = np.diff(self.offsets)
+        slots = np.full((len(counts), fanout), -1, np.int32)
+        slots[np.arange(fanout) < counts[:, None]] = self.children
+        return slots
+
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; zero rows stay zero."""

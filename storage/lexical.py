@@ -10,17 +10,17 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tantivy
-from jaxtyping import Float32, Int32, UInt64
+from jaxtyping import Float32, Int32, UInt8, UInt64
 from tantivy import Filter, Occur, Query, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
 
 from treemem.kernels import LexicalIndex, back_end
-from treemem.storage.files import save_npy, write_npy
+from treemem.storage.files import map_npy, save_npy, write_npy
 
 K1 = 1.2
 B = 0.75
@@ -38,7 +38,17 @@ _STEMMERS = {
     "fr": "french", "hu": "hungarian", "it": "italian", "nl": "dutch", "no": "norwegian", "pt": "portuguese",
     "ro": "romanian", "ru": "russian", "sv": "swedish", "ta": "tamil", "tr": "turkish",
 }  # fmt: skip
-_FILES = ("offsets", "terms", "counts", "norms", "vocabulary", "frequencies")
+FILES = {
+    "offsets": np.int64,  # [chunks + 1] where the entries of each chunk begin
+    "terms": np.int32,  # [entries]
+    "counts": np.uint16,  # [entries]
+    "lengths": np.int32,  # [chunks] in words
+    "vocabulary": np.uint64,  # [v] hashes of the terms, rising
+    "tail": np.uint64,  # [t] hashes of the terms that edits added, numbered from v
+    "frequencies": np.int64,  # [v] how many chunks hold each
+    "changes": np.int32,  # [c, 2] term, and how many chunks more hold it
+}
+"""What lies in `words-NAME.npy`."""
 _SCRATCH = {"hashed": np.uint64, "counted": np.uint16}
 """Terms' hashes and counts, chunk by chunk: what the forward index is made from."""
 _TANTIVY_LOCK = ".tantivy-meta.lock"
@@ -69,7 +79,7 @@ def _pairs(run: re.Match[str]) -> str:
 
 def _schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
-    builder.add_integer_field("chunk", fast=True)
+    builder.add_integer_field("chunk", fast=True, indexed=True)
     builder.add_text_field("text", tokenizer_name="treemem", index_option="freq")
     return builder.build()
 
@@ -100,8 +110,11 @@ class _Hashes:
         return found
 
 
-def build_lexical(folder: Path, texts: Iterable[str], chunks: int, language: str) -> None:
-    """Write both indexes of the chunks' texts, given in order, into a folder."""
+def build_lexical(folder: Path, texts: Iterable[str | None], chunks: int, language: str) -> int:
+    """Write both indexes of the chunks' texts, given in order, into a folder. Returns how many words they have.
+
+    None in place of a text stands for a chunk that was removed.
+    """
     words = analyzer(language)
     (folder / "bm25").mkdir(parents=True)
     index = tantivy.Index(_schema(), str(folder / "bm25"))
@@ -111,8 +124,10 @@ def build_lexical(folder: Path, texts: Iterable[str], chunks: int, language: str
     lengths = np.zeros(chunks, np.int64)
     offsets = np.zeros(chunks + 1, np.int64)
     with (folder / "hashed").open("wb") as hashed, (folder / "counted").open("wb") as counted:
-        for chunk, text in enumerate(map(spaced, texts)):
-            writer.add_document(tantivy.Document(chunk=chunk, text=text))
+        for chunk, own in enumerate(texts):
+            text = "" if own is None else spaced(own)
+            if own is not None:
+                writer.add_document(tantivy.Document(chunk=chunk, text=text))
             terms = words.analyze(text)
             entries = sorted((hashes(term), count) for term, count in Counter(terms).items())
             lengths[chunk] = len(terms)
@@ -122,6 +137,28 @@ def build_lexical(folder: Path, texts: Iterable[str], chunks: int, language: str
     writer.commit()
     writer.wait_merging_threads()
     _write_forward(folder, offsets, lengths)
+    return int(lengths.sum())
+
+
+def update_index(folder: Path, language: str, texts: Sequence[str], first: int, gone: Sequence[int]) -> None:
+    """Add chunks to an inverted index, and take others out.
+
+    Args:
+        folder: where it lies.
+        language: of the texts.
+        texts: of the new chunks.
+        first: the number of the first of them.
+        gone: the chunks that go.
+    """
+    index = tantivy.Index(_schema(), str(folder), reuse=True)
+    index.register_tokenizer("treemem", analyzer(language))
+    writer = index.writer(_WRITER_BYTES, 1)
+    for chunk in gone:
+        writer.delete_documents_by_term("chunk", chunk)
+    for chunk, text in enumerate(texts, first):
+        writer.add_document(tantivy.Document(chunk=chunk, text=spaced(text)))
+    writer.commit()
+    writer.wait_merging_threads()
 
 
 def _write_forward(folder: Path, offsets: np.ndarray, lengths: np.ndarray) -> None:
@@ -141,19 +178,17 @@ def _write_forward(folder: Path, offsets: np.ndarray, lengths: np.ndarray) -> No
             yield terms
 
     write_npy(_file(folder, "terms"), np.dtype(np.int32), (entries,), numbered())
-    table = _length_table()
-    stored = table[np.searchsorted(table, lengths, side="right") - 1]
-    mean = lengths.mean() if len(lengths) and lengths.any() else 1.0
-    norms = (K1 * (1 - B + B * stored / mean)).astype(np.float32)
     arrays: dict[str, np.ndarray] = {
         "offsets": offsets,
         "counts": counted,
-        "norms": norms,
+        "lengths": lengths,
         "vocabulary": vocabulary,
+        "tail": np.empty(0),
         "frequencies": frequencies,
+        "changes": np.empty((0, 2)),
     }
     for name, array in arrays.items():
-        save_npy(_file(folder, name), array)
+        save_npy(_file(folder, name), array.astype(FILES[name]))
     del hashed, counted, arrays
     for name in _SCRATCH:
         (folder / name).unlink()
@@ -181,13 +216,32 @@ class LexicalQuery:
 class Lexical:
     """Both indexes of one snapshot, memory-mapped."""
 
-    def __init__(self, folder: Path, language: str) -> None:
-        """Open what `build_lexical` wrote."""
-        arrays = {name: np.load(_file(folder, name), mmap_mode="r", allow_pickle=False) for name in _FILES}
-        self.index = LexicalIndex(arrays["offsets"], arrays["terms"], arrays["counts"], np.asarray(arrays["norms"]))
+    def __init__(
+        self, folder: Path, language: str, chunks: int, words: int, rows: Mapping[str, int] | None = None
+    ) -> None:
+        """Open what `build_lexical` wrote.
+
+        Args:
+            folder: where it lies.
+            language: of the texts.
+            chunks: how many chunks have a document, removed ones left out.
+            words: how many words these have.
+            rows: how many rows of each array belong to it; by default all.
+        """
+        files = {name: _file(folder, name) for name in FILES}
+        arrays = {name: map_npy(file, None if rows is None else rows.get(file.stem)) for name, file in files.items()}
+        self.chunks = chunks
+        norms = _norms(arrays["lengths"], words / chunks if words else 1.0)
+        self.index = LexicalIndex(arrays["offsets"], arrays["terms"], arrays["counts"], norms)
         self.index.check()
         self._vocabulary: UInt64[np.ndarray, " v"] = arrays["vocabulary"]
+        self._tail_order = np.argsort(arrays["tail"], kind="stable").astype(np.int32)
+        self._tail = arrays["tail"][self._tail_order]
         self.frequencies: np.ndarray = arrays["frequencies"]
+        """How many chunks hold each term."""
+        if len(arrays["tail"]) or len(arrays["changes"]):
+            self.frequencies = np.concatenate([self.frequencies, np.zeros(len(self._tail), np.int64)])
+            np.add.at(self.frequencies, arrays["changes"][:, 0], arrays["changes"][:, 1])
         self._analyzer = analyzer(language)
         self._hash = _Hashes(10_000)
         self._schema = _schema()
@@ -203,15 +257,44 @@ class Lexical:
     def numbers(self, words: list[str]) -> Int32[np.ndarray, " words"]:
         """Numbers of terms, -1 for those that stand in no chunk."""
         hashes = np.fromiter((self._hash(word) for word in words), np.uint64, len(words))
-        if len(self._vocabulary) == 0:
-            return np.full(len(words), -1, np.int32)
-        places = np.minimum(np.searchsorted(self._vocabulary, hashes), len(self._vocabulary) - 1)
-        return np.where(self._vocabulary[places] == hashes, places, -1).astype(np.int32)
+        numbers = np.full(len(words), -1, np.int32)
+        for known, order, first in ((self._vocabulary, None, 0), (self._tail, self._tail_order, len(self._vocabulary))):
+            if len(known):
+                places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+                found = known[places] == hashes
+                numbers[found] = first + (places if order is None else order[places])[found]
+        return numbers
+
+    def entries(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
+        """The terms of further chunks, as `FILES` has them: what is new of `tail`, and how many `entries` each has."""
+        known = len(self._vocabulary) + len(self._tail)
+        new: dict[str, int] = {}
+        terms: list[int] = []
+        counts: list[int] = []
+        lengths: list[int] = []
+        entries: list[int] = []
+        for text in texts:
+            words = self.analyze(text)
+            counted = Counter(words)
+            numbers = self.numbers(list(counted)).tolist()
+            own = [new.setdefault(w, known + len(new)) if n < 0 else n for w, n in zip(counted, numbers, strict=True)]
+            for number, count in sorted(zip(own, counted.values(), strict=True)):
+                terms.append(number)
+                counts.append(min(count, 65535))
+            lengths.append(len(words))
+            entries.append(len(counted))
+        return {
+            "terms": np.array(terms, np.int32),
+            "counts": np.array(counts, np.uint16),
+            "lengths": np.array(lengths, np.int32),
+            "tail": np.array([self._hash(word) for word in new], np.uint64),
+            "entries": np.array(entries, np.int64),
+        }
 
     def idf(self, terms: Int32[np.ndarray, " t"]) -> np.ndarray:
         """Inverse document frequency of terms, as in tantivy: ln(1 + (N - n + 0.5) / (n + 0.5))."""
         found = self.frequencies[terms].astype(np.float64)
-        return np.log1p((self.index.size - found + 0.5) / (found + 0.5))
+        return np.log1p((self.chunks - found + 0.5) / (found + 0.5))
 
     def query(self, text: str) -> LexicalQuery:
         """The terms of a query that stand in some chunk, rarest first, at most MAX_QUERY_TERMS."""
@@ -219,6 +302,7 @@ class Lexical:
         words = list(counted)
         numbers = self.numbers(words)
         known = np.flatnonzero(numbers >= 0)
+        known = known[self.frequencies[numbers[known]] > 0]
         idf = self.idf(numbers[known])
         known = known[np.argsort(-idf, kind="stable")][:MAX_QUERY_TERMS]
         terms = numbers[known]
@@ -226,8 +310,13 @@ class Lexical:
         weights = (self.idf(terms) * (K1 + 1) * times).astype(np.float32)
         return LexicalQuery(tuple(words[i] for i in known), terms, weights)
 
-    def best(self, query: LexicalQuery, k: int) -> tuple[Int32[np.ndarray, " k"], Float32[np.ndarray, " k"]]:
-        """The k chunks with the highest BM25, best first, ties by the smaller chunk: from the inverted index."""
+    def best(
+        self, query: LexicalQuery, k: int, allowed: UInt8[np.ndarray, " chunks"] | None = None
+    ) -> tuple[Int32[np.ndarray, " k"], Float32[np.ndarray, " k"]]:
+        """The k chunks with the highest BM25, best first, ties by the smaller chunk: from the inverted index.
+
+        `allowed`: which chunks may be among them, 0 = not.
+        """
         if not query.words or k < 1:
             return np.empty(0, np.int32), np.empty(0, np.float32)
         idf = self.idf(query.terms) * (K1 + 1)
@@ -239,14 +328,26 @@ class Lexical:
         # Until all that equal the k-th are there: which of them tantivy gives first depends on its files.
         while True:
             found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
-            if len(found) < asked or asked == self.index.size or found[-1][0] < found[k - 1][0] * (1 - _SAME_SCORE):
+            chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
+            kept = np.arange(len(chunks)) if allowed is None else np.flatnonzero(allowed[chunks])
+            if len(found) < asked or asked == self.index.size:
+                break
+            if len(kept) >= k and found[-1][0] < found[kept[k - 1]][0] * (1 - _SAME_SCORE):
                 break
             asked = min(2 * asked, self.index.size)
-        chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
         # Scored again, since tantivy sums a query's terms in another order in each file.
+        chunks = chunks[kept]
         scores = back_end().bm25_scores(self.index, query.terms, query.weights, chunks)
         order = np.lexsort((chunks, -scores))[:k]
         return chunks[order], scores[order]
+
+
+def _norms(lengths: Int32[np.ndarray, " chunks"], mean: float) -> Float32[np.ndarray, " chunks"]:
+    """`k1 * (1 - b + b * length / mean)`, with lengths as tantivy rounds them."""
+    table = _length_table()
+    longest = int(lengths.max(initial=0))
+    stored = table[np.searchsorted(table, np.arange(longest + 1), side="right") - 1]
+    return (K1 * (1 - B + B * stored / mean)).astype(np.float32)[lengths]
 
 
 def _links_where_read_only(folder: Path) -> tempfile.TemporaryDirectory[str] | None:

@@ -1,6 +1,7 @@
 """The arrays of a memory: names, types and chunk shapes of its Zarr hierarchy.
 
     /                         attributes: format, state, config, encoder, digests
+    /documents/status         uint8    0 = present, 1 = masked, 2 = removed: what it had is zeros, its numbers stay
     /documents/text           uint8    all texts, UTF-8, one after the other
     /documents/text_ends      int64    where each document's text ends
     /documents/records        uint8    {"id", "title", "metadata"} of each document as JSON, one after the other
@@ -9,9 +10,11 @@
     /documents/chunk_ends     int64    how many chunks there are up to and with each document
     /chunks/spans             int64    (chunks, 4) first and last character, first and last byte in the document's text
     /chunks/encodings         float16  (chunks, d) what encoder 1 gave for each chunk
-    /levels/K/offsets         int64    (nodes + 1) where the children of each node begin; K = 2, 3, … up to the top
-    /levels/K/children        int32    elements of level K-1
+    /levels/K/children        int32    (nodes, fanout) elements of level K-1, rising, then -1; K = 2, 3, … up to the top
     /levels/K/vectors         float16  (nodes, d)
+    /spread/mean              float64  (d) how the chunks' vectors spread: see `treemem.storage.levels.Spread`
+    /spread/values            float64  (d)
+    /spread/directions        float64  (d, d)
     /hierarchy/config         uint8    of a trained tree alone: shape and card of its hierarchy as JSON
     /hierarchy/weights        uint8    and its weights as a safetensors file
 
@@ -27,6 +30,12 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 HIERARCHY_PARTS = ("config", "weights")
+SPREAD_PARTS = ("mean", "values", "directions")
+
+ENDS = {"text_ends": "documents/text", "record_ends": "documents/records", "chunk_ends": "chunks/spans"}
+"""Arrays of `documents` that say where each document ends in another array."""
+PRESENT, MASKED, REMOVED = range(3)
+"""Values of `documents/status`."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +48,37 @@ class ArraySpec:
 
 
 def document_arrays() -> dict[str, ArraySpec]:
-    """Arrays that hold documents, by path."""
+    """Arrays that hold documents, by path. Storage chunks are small where an edit writes some of their rows anew."""
     return {
-        "documents/text": ArraySpec("uint8", (), 1 << 20),
-        "documents/text_ends": ArraySpec("int64", (), 1 << 14),
-        "documents/records": ArraySpec("uint8", (), 1 << 18),
-        "documents/record_ends": ArraySpec("int64", (), 1 << 14),
-        "documents/hashes": ArraySpec("uint8", (32,), 1 << 12),
-        "documents/chunk_ends": ArraySpec("int64", (), 1 << 14),
+        "documents/text": ArraySpec("uint8", (), 1 << 18),
+        "documents/text_ends": ArraySpec("int64", (), 1 << 12),
+        "documents/records": ArraySpec("uint8", (), 1 << 16),
+        "documents/record_ends": ArraySpec("int64", (), 1 << 12),
+        "documents/hashes": ArraySpec("uint8", (32,), 1 << 10),
+        "documents/chunk_ends": ArraySpec("int64", (), 1 << 12),
+        "documents/status": ArraySpec("uint8", (), 1 << 14),
     }
 
 
 def chunk_arrays(dimension: int) -> dict[str, ArraySpec]:
     """Arrays that hold chunks, by path."""
     return {
-        "chunks/spans": ArraySpec("int64", (4,), 1 << 14),
-        "chunks/encodings": ArraySpec("float16", (dimension,), max(1, (1 << 20) // (2 * dimension))),
+        "chunks/spans": ArraySpec("int64", (4,), 1 << 12),
+        "chunks/encodings": ArraySpec("float16", (dimension,), _rows(1 << 18, dimension)),
     }
 
 
-def level_arrays(level: int, dimension: int) -> dict[str, ArraySpec]:
+def level_arrays(level: int, dimension: int, fanout: int) -> dict[str, ArraySpec]:
     """Arrays of one level of nodes, by path."""
     return {
-        f"levels/{level}/offsets": ArraySpec("int64", (), 1 << 14),
-        f"levels/{level}/children": ArraySpec("int32", (), 1 << 16),
-        f"levels/{level}/vectors": ArraySpec("float16", (dimension,), max(1, (1 << 20) // (2 * dimension))),
+        f"levels/{level}/children": ArraySpec("int32", (fanout,), 64),
+        f"levels/{level}/vectors": ArraySpec("float16", (dimension,), _rows(1 << 15, dimension)),
     }
+
+
+def _rows(size: int, dimension: int) -> int:
+    """How many float16 vectors make a storage chunk of about `size` bytes."""
+    return max(1, size // (2 * dimension))
 
 
 def create_array(root: zarr.Group, path: str, spec: ArraySpec, rows: int = 0) -> zarr.Array[Any]:

@@ -8,19 +8,19 @@ and Suel 2011, "Faster top-k document retrieval using block-max indexes").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from treemem.kernels import LexicalIndex, ServingTree, Signatures, back_end
 from treemem.kernels.reference import signature_kinds
-from treemem.storage.files import write_npy
+from treemem.storage.files import map_npy, write_npy
 from treemem.types import Progress, no_progress
 
-_PARTS = ("offsets", "terms", "bases", "starts", "slots", "values")
+PARTS = ("offsets", "terms", "bases", "starts", "slots", "values")
 _STEP = 1 << 22
 """About so many entries are worked on at once."""
 
@@ -39,6 +39,8 @@ def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progr
     shares, values = _written(scratch[0], _shares(index)), _written(scratch[1], _counts(index))
     for number, blocks in enumerate(tree.levels[::-1], 1):
         start_kind, slot_kind = signature_kinds(blocks.offsets, blocks.ids, offsets)
+        if number > 1:  # edits append to it, and a node's words are many
+            start_kind = np.int32
         kinds = {"terms": np.int32, "starts": start_kind, "slots": slot_kind, "values": np.uint8, "largest": np.uint8}
         files = {name: folder / f"signature-{name}-{number}" for name in kinds}
         scratch += files.values()
@@ -58,7 +60,7 @@ def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progr
                 progress(f"words of level {number + 1}", float(end), float(len(blocks.ids)))
         arrays = {name: _mapped(file, kinds[name]) for name, file in files.items()}
         arrays |= {name: np.concatenate(parts) for name, parts in ends.items()}
-        for name in _PARTS:
+        for name in PARTS:
             own = arrays[name]
             write_npy(_file(folder, number, name), own.dtype, own.shape, _blocks(own))
         offsets, terms, shares = arrays["offsets"], arrays["terms"], arrays["largest"]
@@ -68,15 +70,105 @@ def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progr
         path.unlink()
 
 
-def read_signatures(folder: Path, tree: ServingTree) -> tuple[Signatures, ...]:
+class Outgrown(Exception):
+    """What is to be appended does not fit the types of the arrays that are there: the image is made anew."""
+
+
+@runtime_checkable
+class Appendable(Protocol):
+    """The arrays of an image that is being made; see `treemem.storage.follow`."""
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        """Append rows."""
+
+    def read(self, name: str) -> np.ndarray:
+        """All rows so far."""
+
+
+def append_signatures(arrays: Appendable, number: int, blocks: int, index: LexicalIndex) -> None:
+    """Append the signatures of the last blocks of a level.
+
+    Args:
+        arrays: of the image, in which the blocks, and all signatures below, are there already.
+        number: whose elements stand in the blocks; level 1 = chunks.
+        blocks: how many.
+        index: the terms of the chunks.
+
+    Raises Outgrown.
+    """
+    ends = arrays.read(f"level-{number}-offsets")[-blocks - 1 :]
+    ids = arrays.read(f"level-{number}-ids")[ends[0] :]
+    terms, shares, values, counts = (
+        _chunk_words(index, ids) if number == 1 else _node_words(arrays, number - 1, ids, index)
+    )
+    own = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    local = np.arange(len(ids), dtype=np.int32)
+    made, _ = back_end().signatures(ends - ends[0], local, own, terms, shares, values)
+    for name in ("terms", "starts", "slots", "values"):
+        array, path = getattr(made, name), f"level-{number}-words-{name}"
+        if len(array) and array.max() > np.iinfo(arrays.read(path).dtype).max:
+            raise Outgrown
+        arrays.append(path, array)
+    for name in ("offsets", "bases"):
+        path = f"level-{number}-words-{name}"
+        arrays.append(path, arrays.read(path)[-1] + getattr(made, name)[1:])
+
+
+_Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Of some elements, one after the other: terms, shares and what is kept of them; and how many each has."""
+
+
+def _chunk_words(index: LexicalIndex, chunks: np.ndarray) -> _Words:
+    places, counts = _runs(index.offsets, chunks)
+    own = index.counts[places].astype(np.float32)
+    shares = _in_steps(own, np.repeat(index.norms[chunks], counts))
+    return index.terms[places], shares, np.minimum(own, 255).astype(np.uint8), counts
+
+
+def _node_words(arrays: Appendable, number: int, nodes: np.ndarray, index: LexicalIndex) -> _Words:
+    """From the signatures of the blocks of some nodes, whose children are of level `number`."""
+    offsets, terms, bases, starts, slots, values = (arrays.read(f"level-{number}-words-{name}") for name in PARTS)
+    places, counts = _runs(offsets, nodes)
+    entries, lengths = _runs(bases, nodes)
+    shares = values[entries]
+    if number == 1:
+        firsts = arrays.read("level-1-offsets")[nodes]
+        chunks = arrays.read("level-1-ids")[np.repeat(firsts, lengths) + slots[entries]]
+        shares = _in_steps(shares.astype(np.float32), index.norms[chunks])
+    begins = np.repeat(np.cumsum(lengths) - lengths, counts) + starts[places]
+    largest = np.maximum.reduceat(shares, begins) if len(begins) else shares
+    return terms[places], largest, largest, counts
+
+
+def _runs(offsets: np.ndarray, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of what elements have, one after the other, and how much each has."""
+    begins = offsets[elements]
+    counts = offsets[elements + 1] - begins
+    return np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()), counts
+
+
+def _in_steps(counts: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Shares `count / (count + norm)` in 255ths, rounded up."""
+    return np.ceil(255 * (counts / (counts + norms))).clip(1, 255).astype(np.uint8)
+
+
+def read_signatures(folder: Path, tree: ServingTree, rows: Mapping[str, int] | None = None) -> tuple[Signatures, ...]:
     """What `write_signatures` wrote, memory-mapped, top first.
+
+    Args:
+        folder: where it lies.
+        tree: as it is served.
+        rows: how many rows of each array belong to it; by default all.
 
     Raises DamagedMemory where the arrays do not fit the tree.
     """
     out = []
     for blocks, number in zip(tree.levels, range(tree.depth, 0, -1), strict=True):
-        arrays = (np.load(_file(folder, number, name), mmap_mode="r", allow_pickle=False) for name in _PARTS)
-        own = Signatures(*arrays)
+        files = {name: _file(folder, number, name) for name in PARTS}
+        arrays = {name: map_npy(file, None if rows is None else rows[file.stem]) for name, file in files.items()}
+        if number == tree.depth:  # the last of the tops that edits have made
+            arrays |= {name: np.ascontiguousarray(arrays[name][-2:]) for name in ("offsets", "bases")}
+        own = Signatures(*arrays.values())
         own.check(blocks.offsets)
         out.append(own)
     return tuple(out)
@@ -94,7 +186,7 @@ def _shares(index: LexicalIndex) -> Iterator[np.ndarray]:
         last = min(max(last, first + 1), index.size)
         counts = index.counts[index.offsets[first] : index.offsets[last]].astype(np.float32)
         norms = np.repeat(index.norms[first:last], np.diff(index.offsets[first : last + 1]))
-        yield np.ceil(255 * (counts / (counts + norms))).clip(1, 255).astype(np.uint8)
+        yield _in_steps(counts, norms)
         first = last
 
 

@@ -19,7 +19,7 @@ import icechunk
 import numpy as np
 import zarr
 import zarr.errors
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from treemem.config import FORMAT_VERSION, TreeConfig
 from treemem.errors import (
@@ -33,13 +33,26 @@ from treemem.errors import (
     UnfinishedMemory,
 )
 from treemem.storage.files import remove_stale_work, work_folder
-from treemem.storage.levels import Level
-from treemem.storage.schema import HIERARCHY_PARTS, ArraySpec, chunk_arrays, create_array, document_arrays, level_arrays
+from treemem.storage.levels import Level, Spread
+from treemem.storage.schema import (
+    HIERARCHY_PARTS,
+    MASKED,
+    REMOVED,
+    SPREAD_PARTS,
+    ArraySpec,
+    chunk_arrays,
+    document_arrays,
+    level_arrays,
+)
+from treemem.storage.writer import Writer, digest
 from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
 
-_BUILD_BRANCH = "build"
+MAIN = "main"
+"""The branch that a memory is built on, and opened at where nothing else is asked for."""
+BUILD = "build"
+"""The branch that an unfinished build writes to."""
 _NO_SPACE = ("no space left", "os error 28", "quota exceeded")
 _NO_PERMISSION = ("permission denied", "read-only file system", "operation not permitted")
 _DAMAGE = (icechunk.IcechunkError, ValueError, RuntimeError, EOFError)
@@ -110,9 +123,15 @@ class StoreInfo:
     config: TreeConfig
     encoder: dict[str, Any]
     documents: int
+    """Those that are there, masked ones included."""
+    masked: int
+    """Documents that are hidden."""
+    removed: int
+    """Documents that were removed since their numbers were last given anew."""
     chunks: int
+    """Those of the documents that are there."""
     levels: tuple[int, ...]
-    """Number of elements of each level, chunks first."""
+    """Number of elements of each level, chunks first, those of removed documents included."""
     dimension: int
     snapshot: str
 
@@ -137,11 +156,15 @@ def document_record(document: Document) -> bytes:
 
 def document_hash(document: Document) -> bytes:
     """SHA-256 of a document's record and text."""
-    record = document_record(document)
-    return hashlib.sha256(len(record).to_bytes(8, "little") + record + document.text.encode()).digest()
+    return content_hash(document_record(document), document.text.encode())
 
 
-def _byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def content_hash(record: bytes, text: bytes) -> bytes:
+    """SHA-256 of a document's stored record and text."""
+    return hashlib.sha256(len(record).to_bytes(8, "little") + record + text).digest()
+
+
+def byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Byte positions in UTF-8 of ordered, disjoint character spans."""
     if text.isascii():
         return list(spans)
@@ -156,12 +179,26 @@ def _byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, 
 
 
 class Store:
-    """A memory on disk. A build writes to a branch of its own; `main` moves when the memory is whole."""
+    """A memory on disk, at the tip of a branch or at one snapshot.
 
-    def __init__(self, path: Path, repository: icechunk.Repository) -> None:
-        """Wrap an open repository; `create`, `open` and `resume` open one."""
+    A build writes to a branch of its own; `main` moves when the memory is whole.
+    """
+
+    def __init__(
+        self, path: Path, repository: icechunk.Repository, branch: str | None = MAIN, snapshot: str | None = None
+    ) -> None:
+        """Wrap an open repository; `create`, `open` and `at` give one.
+
+        Args:
+            path: the memory.
+            repository: its Icechunk repository.
+            branch: what is read, and written to; None where a snapshot is read that nothing can be written behind.
+            snapshot: read this snapshot and not the branch's tip.
+        """
         self.path = path
-        self._repository = repository
+        self.repository = repository
+        self.branch = branch
+        self._snapshot = snapshot
 
     # ---- opening
 
@@ -199,16 +236,18 @@ class Store:
             # Made aside and moved into place, so that a killed process leaves no half of a repository.
             with work_folder(path, "creating-") as work:
                 repository = icechunk.Repository.create(cls._storage(work))
-                repository.create_branch(_BUILD_BRANCH, repository.lookup_branch("main"))
-                session = repository.writable_session(_BUILD_BRANCH)
+                repository.create_branch(BUILD, repository.lookup_branch(MAIN))
+                session = repository.writable_session(BUILD)
                 root = zarr.create_group(session.store)
-                for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
-                    create_array(root, name, spec)
-                if hierarchy is not None:
-                    _write_hierarchy(root, hierarchy)
                 root.attrs.update(
                     {"format": FORMAT_VERSION, "state": "reading", "config": asdict(config), "encoder": encoder}
                 )
+                writer = Writer(root, {})
+                for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
+                    writer.create(name, spec)
+                if hierarchy is not None:
+                    _write_hierarchy(writer, hierarchy)
+                close(writer)
                 session.commit("begin")
                 os.replace(work / "store", path / "store")
         return cls.open(path)
@@ -228,6 +267,7 @@ class Store:
         remove_stale_work(path)
         with guard(path, _METADATA_DAMAGE):
             store = cls(path, icechunk.Repository.open(cls._storage(path)))
+            store.branch = MAIN if store.finished else BUILD
             version = store._root().attrs.get("format")
         if not isinstance(version, int):
             raise NotAMemory(f"{path}: this is no treemem memory; choose another path")
@@ -242,47 +282,88 @@ class Store:
     def finished(self) -> bool:
         """Whether the build came to its end."""
         with guard(self.path):
-            return _BUILD_BRANCH not in self._repository.list_branches()
+            return BUILD not in self.repository.list_branches()
 
-    def _branch(self) -> str:
-        return "main" if self.finished else _BUILD_BRANCH
+    def at(self, snapshot: str, branch: str | None = None) -> Store:
+        """The same memory at one snapshot, whatever is written later.
 
-    def _root(self) -> Any:  # a zarr.Group; what it gives is typed as array or group
-        return zarr.open_group(self._repository.readonly_session(self._branch()).store, mode="r")
+        `branch`: what edits go to, whose tip it must be then; None where there are to be none.
+        """
+        return Store(self.path, self.repository, branch, snapshot)
+
+    @property
+    def snapshot(self) -> str:
+        """The snapshot that is read."""
+        with guard(self.path):
+            return self._snapshot or self.repository.lookup_branch(self.branch or MAIN)
+
+    def _root(self, snapshot: str | None = None) -> Any:  # a zarr.Group; what it gives is typed as array or group
+        session = self.repository.readonly_session(snapshot_id=snapshot or self.snapshot)
+        return zarr.open_group(session.store, mode="r")
 
     @contextmanager
-    def _transaction(self, message: str) -> Iterator[Any]:
-        """Changes that are committed together, or not at all."""
+    def transaction(self, message: str, metadata: dict[str, Any] | None = None) -> Iterator[Writer]:
+        """Changes that are committed together, or not at all; afterwards the store reads what was committed.
+
+        Args:
+            message: of the commit.
+            metadata: what changed, kept with the snapshot, which is a step of a build without it.
+
+        Raises:
+            StoreError: the branch was written to since this snapshot, or there is none to write to.
+        """
+        if self.branch is None:
+            raise StoreError(
+                f"{self.path}: opened at a snapshot of the past, which stays as it is; make a branch of it"
+            )
         with guard(self.path):
-            session = self._repository.writable_session(self._branch())
-            yield zarr.open_group(session.store, mode="r+")
-            session.commit(message)
+            session = self.repository.writable_session(self.branch)
+            if self._snapshot is not None and session.snapshot_id != self._snapshot:
+                raise StoreError(
+                    f"{self.path}: branch {self.branch!r} has changed since this snapshot; open the memory again"
+                )
+            root: Any = zarr.open_group(session.store, mode="r+")
+            writer = Writer(root, root.attrs["digests"]["arrays"])
+            yield writer
+            close(writer)
+            snapshot = session.commit(message, None if metadata is None else {"treemem": metadata})
+            if self._snapshot is not None:
+                self._snapshot = snapshot
 
     # ---- reading
 
     def info(self) -> StoreInfo:
         """What the root says: configuration, encoder, counts, snapshot."""
         with guard(self.path, _METADATA_DAMAGE):
-            root = self._root()
+            snapshot = self.snapshot
+            root = self._root(snapshot)
             attributes = root.attrs.asdict()
-            digests = attributes.get("digests")
-            if digests is not None and digests["attributes"] != _attributes_digest(attributes):
-                raise self._damaged("the memory's settings")
-            config = TreeConfig(**attributes["config"])
+            if attributes["digests"]["attributes"] != _attributes_digest(attributes):
+                raise self.damaged("the memory's settings")
             levels = [root["chunks/spans"].shape[0]]
             while (name := f"levels/{len(levels) + 1}/vectors") in root:
                 levels.append(root[name].shape[0])
+            status = np.asarray(root["documents/status"][:])
+            removed = status == REMOVED
+            gone = np.diff(np.asarray(root["documents/chunk_ends"][:]), prepend=0)[removed] if removed.any() else [0]
             return StoreInfo(
                 format=attributes["format"],
                 state=attributes["state"],
-                config=config,
+                config=TreeConfig(**attributes["config"]),
                 encoder=attributes["encoder"],
-                documents=root["documents/text_ends"].shape[0],
-                chunks=levels[0],
+                documents=int((~removed).sum()),
+                masked=int((status == MASKED).sum()),
+                removed=int(removed.sum()),
+                chunks=levels[0] - int(np.sum(gone)),
                 levels=tuple(levels),
                 dimension=int(attributes["encoder"]["dimension"]),
-                snapshot=self._repository.lookup_branch(self._branch()),
+                snapshot=snapshot,
             )
+
+    def format(self) -> int:
+        """The version of the stored layout."""
+        with guard(self.path, _METADATA_DAMAGE):
+            return int(self._root().attrs["format"])
 
     def require_finished(self) -> None:
         """Raise UnfinishedMemory where the build was interrupted."""
@@ -303,6 +384,12 @@ class Store:
         with guard(self.path):
             return np.asarray(array[start : array.shape[0] if stop is None else stop])
 
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Some rows of an array, in any order."""
+        array = self.array(name)
+        with guard(self.path):
+            return np.asarray(array.oindex[places])
+
     def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """An array in runs of `rows` rows."""
         array = self.array(name)
@@ -315,9 +402,14 @@ class Store:
         """All levels of nodes, level 2 first."""
         count = len(self.info().levels)
         return [
-            Level(*(self.read(f"levels/{k}/{part}") for part in ("offsets", "children", "vectors")))
+            Level.of_slots(*(self.read(f"levels/{k}/{part}") for part in ("children", "vectors")))
             for k in range(2, count + 1)
         ]
+
+    def spread(self) -> Spread:
+        """How the chunks' vectors spread, as it was found when the tree was last grown or trained."""
+        mean, values, directions = (self.read(f"spread/{part}") for part in SPREAD_PARTS)
+        return Spread(mean.astype(np.float32), values, directions)
 
     def hierarchy(self) -> tuple[bytes, bytes] | None:
         """Configuration and weights of the trained hierarchy, None where the tree is untrained."""
@@ -336,17 +428,20 @@ class Store:
         """
         with guard(self.path, _METADATA_DAMAGE):
             root = self._root()
-            digests = root.attrs.asdict().get("digests")
-            if digests is None:  # written before there were any
-                return
-            expected = digests["arrays"]
+            expected = root.attrs.asdict()["digests"]["arrays"]
             for name in expected.keys() - set(_array_names(root)):
-                raise self._damaged(name)
-            for name, digest in _digests(root, sorted(expected), progress):
-                if digest != expected[name]:
-                    raise self._damaged(name)
+                raise self.damaged(name)
+            arrays = {name: root[name] for name in sorted(expected)}
+            total = sum(array.nbytes for array in arrays.values()) / 1e6
+            done = 0.0
+            for name, array in arrays.items():
+                progress("checking (MB)", done, total)
+                if digest(array) != expected[name]:
+                    raise self.damaged(name)
+                done += array.nbytes / 1e6
 
-    def _damaged(self, what: str) -> DamagedMemory:
+    def damaged(self, what: str) -> DamagedMemory:
+        """What to raise where `what` is not as it was written."""
         return DamagedMemory(
             f"{self.path}: {what} is not what was written; restore the folder from a copy or build it again"
         )
@@ -356,53 +451,34 @@ class Store:
     def remove_leftovers(self) -> None:
         """Remove what writers that were killed, or had no room, left behind. Only where no other process writes."""
         with guard(self.path):
-            self._repository.garbage_collect(datetime.now(UTC))
+            self.repository.garbage_collect(datetime.now(UTC))
 
     def append(self, documents: Sequence[NewDocument], encodings: Float[np.ndarray, "chunks d"]) -> None:
         """Commit documents with their chunks and what the encoder gave for them, in order."""
-        records = [document_record(new.document) for new in documents]
-        texts = [new.document.text.encode() for new in documents]
-        spans = [
-            (*characters, *bytes_)
-            for new in documents
-            for characters, bytes_ in zip(new.spans, _byte_spans(new.document.text, new.spans), strict=True)
-        ]
-        with self._transaction(f"read {len(documents):,} documents") as root:
-            parts: dict[str, np.ndarray] = {
-                "documents/text": np.frombuffer(b"".join(texts), np.uint8),
-                "documents/text_ends": root["documents/text"].shape[0] + _ends([len(t) for t in texts]),
-                "documents/records": np.frombuffer(b"".join(records), np.uint8),
-                "documents/record_ends": root["documents/records"].shape[0] + _ends([len(r) for r in records]),
-                "documents/hashes": np.frombuffer(
-                    b"".join(document_hash(new.document) for new in documents), np.uint8
-                ).reshape(-1, 32),
-                "documents/chunk_ends": root["chunks/spans"].shape[0] + _ends([len(new.spans) for new in documents]),
-                "chunks/spans": np.array(spans, np.int64).reshape(-1, 4),
-                "chunks/encodings": encodings.astype(np.float16),
-            }
-            for name, rows in parts.items():
-                if len(rows):
-                    root[name].append(rows)
+        with self.transaction(f"read {len(documents):,} documents") as writer:
+            write_documents(writer, documents, encodings)
 
-    def finish(self, levels: Sequence[Level], message: str, progress: Progress = no_progress) -> str:
-        """Write the nodes and make the memory visible: one commit. Returns the snapshot."""
-        with self._transaction(message) as root:
-            dimension = root["chunks/encodings"].shape[1]
-            for number, level in enumerate(levels, 2):
-                parts = {"offsets": level.offsets, "children": level.children, "vectors": level.vectors}
-                for name, spec in level_arrays(number, dimension).items():
-                    rows = parts[name.rsplit("/", 1)[1]]
-                    create_array(root, name, spec, len(rows))[:] = rows
-            root.attrs["digests"] = {
-                "attributes": _attributes_digest(root.attrs.asdict()),
-                "arrays": dict(_digests(root, _array_names(root), progress)),
-            }
-            root.attrs["state"] = "complete"
+    def finish(self, levels: Sequence[Level], spread: Spread, message: str, progress: Progress = no_progress) -> str:
+        """Write the nodes and make the memory visible: one commit. Returns the snapshot.
+
+        Args:
+            levels: level 2 first.
+            spread: how the chunks' vectors spread.
+            message: of the commit.
+            progress: told about levels.
+        """
+        config = self.info().config
+        counts = {"documents": self.info().documents, "chunks": self.info().chunks}
+        with self.transaction(message, counts) as writer:
+            write_levels(writer, levels, config.fanout, progress)
+            write_spread(writer, spread)
+            writer.root.attrs["state"] = "complete"
         return self.publish()
 
     def retrain(
         self,
         vectors: Sequence[Float[np.ndarray, "_ d"]],
+        spread: Spread,
         hierarchy: tuple[bytes, bytes],
         message: str,
         encodings: Float[np.ndarray, "chunks d"] | None = None,
@@ -411,6 +487,7 @@ class Store:
 
         Args:
             vectors: of every level of nodes, level 2 first; which children they have does not change.
+            spread: how the chunks' vectors spread under it.
             hierarchy: configuration and weights.
             message: of the commit.
             encodings: what encoder 1 gives for the chunks, where it has been tuned.
@@ -418,22 +495,17 @@ class Store:
         Returns:
             The new snapshot.
         """
-        with self._transaction(message) as root:
-            changed = []
+        with self.transaction(message, {"trained": True}) as writer:
             replaced = {f"levels/{number}/vectors": rows for number, rows in enumerate(vectors, 2)}
             if encodings is not None:
                 replaced["chunks/encodings"] = encodings
             for name, rows in replaced.items():
-                if root[name].shape != rows.shape:
-                    raise AssertionError(f"{name}: vectors of shape {rows.shape} for {root[name].shape}")
-                root[name][:] = rows
-                changed.append(name)
-            changed += _write_hierarchy(root, hierarchy)
-            digests = root.attrs["digests"]
-            digests["arrays"].update(_digests(root, changed, no_progress))
-            root.attrs["digests"] = digests
-        with guard(self.path):
-            return self._repository.lookup_branch("main")
+                if writer.array(name).shape != rows.shape:
+                    raise AssertionError(f"{name}: vectors of shape {rows.shape} for {writer.array(name).shape}")
+                writer.put(name, np.arange(len(rows)), rows)
+            write_spread(writer, spread)
+            _write_hierarchy(writer, hierarchy)
+        return self.snapshot
 
     def publish(self) -> str:
         """Make a memory visible whose nodes are written. Returns the snapshot.
@@ -441,49 +513,77 @@ class Store:
         A part of `finish`; called again where a build was killed just before it.
         """
         with guard(self.path):
-            snapshot = self._repository.lookup_branch(_BUILD_BRANCH)
-            self._repository.reset_branch("main", snapshot)
-            self._repository.delete_branch(_BUILD_BRANCH)
+            snapshot = self.repository.lookup_branch(BUILD)
+            self.repository.reset_branch(MAIN, snapshot)
+            self.repository.delete_branch(BUILD)
+            self.branch = MAIN
         return snapshot
 
 
-def _write_hierarchy(root: Any, hierarchy: tuple[bytes, bytes]) -> list[str]:
-    """Write configuration and weights as arrays of bytes. Returns the arrays' names."""
-    names = []
+def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings: Float[np.ndarray, "chunks d"]) -> None:
+    """Add documents with their chunks and what the encoder gave for them, in order, behind those that are there."""
+    records = [document_record(new.document) for new in documents]
+    texts = [new.document.text.encode() for new in documents]
+    spans = [
+        (*characters, *bytes_)
+        for new in documents
+        for characters, bytes_ in zip(new.spans, byte_spans(new.document.text, new.spans), strict=True)
+    ]
+    hashes = b"".join(document_hash(new.document) for new in documents)
+    ends = {
+        "documents/text_ends": ("documents/text", [len(text) for text in texts]),
+        "documents/record_ends": ("documents/records", [len(record) for record in records]),
+        "documents/chunk_ends": ("chunks/spans", [len(new.spans) for new in documents]),
+    }
+    parts: dict[str, np.ndarray] = {
+        name: writer.array(of).shape[0] + np.cumsum(np.array(lengths, np.int64)) for name, (of, lengths) in ends.items()
+    }
+    parts |= {
+        "documents/text": np.frombuffer(b"".join(texts), np.uint8),
+        "documents/records": np.frombuffer(b"".join(records), np.uint8),
+        "documents/hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 32),
+        "documents/status": np.zeros(len(documents), np.uint8),
+        "chunks/spans": np.array(spans, np.int64).reshape(-1, 4),
+        "chunks/encodings": encodings.astype(np.float16),
+    }
+    for name, rows in parts.items():
+        writer.append(name, rows)
+
+
+def write_levels(writer: Writer, levels: Sequence[Level], fanout: int, progress: Progress = no_progress) -> None:
+    """Put levels of nodes, level 2 first, in place of those that are there."""
+    for name in [name for name in writer.digests if name.startswith("levels/")]:
+        writer.remove(name)
+    for number, level in enumerate(levels, 2):
+        progress(f"writing level {number}", number - 2, len(levels))
+        parts = {"children": level.slots(fanout), "vectors": level.vectors}
+        for name, spec in level_arrays(number, level.vectors.shape[1], fanout).items():
+            writer.create(name, spec, parts[name.rsplit("/", 1)[1]])
+
+
+def write_spread(writer: Writer, spread: Spread) -> None:
+    """Put a spread in place of the one before."""
+    for part in SPREAD_PARTS:
+        rows = np.asarray(getattr(spread, part), np.float64)
+        writer.create(f"spread/{part}", ArraySpec("float64", rows.shape[1:], 1 << 10), rows)
+
+
+def close(writer: Writer) -> None:
+    """Record the digests of what was written."""
+    attributes = writer.root.attrs.asdict()
+    writer.root.attrs["digests"] = {"attributes": _attributes_digest(attributes), "arrays": writer.digests}
+
+
+def _write_hierarchy(writer: Writer, hierarchy: tuple[bytes, bytes]) -> None:
+    """Write configuration and weights as arrays of bytes."""
     for part, data in zip(HIERARCHY_PARTS, hierarchy, strict=True):
-        name = f"hierarchy/{part}"
-        if name in root:
-            del root[name]
-        create_array(root, name, ArraySpec("uint8", (), 1 << 20), len(data))[:] = np.frombuffer(data, np.uint8)
-        names.append(name)
-    return names
+        writer.create(f"hierarchy/{part}", ArraySpec("uint8", (), 1 << 20), np.frombuffer(data, np.uint8))
 
 
 def _array_names(root: Any) -> list[str]:
     return sorted(name for name, member in root.members(max_depth=None) if isinstance(member, zarr.Array))
 
 
-def _digests(root: Any, names: Sequence[str], progress: Progress) -> Iterator[tuple[str, str]]:
-    """SHA-256 of each array's type, shape and values."""
-    arrays = {name: root[name] for name in names}
-    total = sum(array.nbytes for array in arrays.values()) / 1e6
-    done = 0
-    for name, array in arrays.items():
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-        rows = array.chunks[0] * 8
-        for start in range(0, array.shape[0], rows):
-            if start:
-                progress("checking (MB)", done / 1e6, total)
-            block = np.ascontiguousarray(array[start : start + rows])
-            digest.update(block.view(np.uint8).data)
-            done += block.nbytes
-        yield name, digest.hexdigest()
-
-
 def _attributes_digest(attributes: dict[str, Any]) -> str:
     chosen = {name: attributes[name] for name in _DIGESTED_ATTRIBUTES}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-
-
-def _ends(lengths: list[int]) -> Int[np.ndarray, " n"]:
-    return np.cumsum(np.array(lengths, np.int64))

@@ -98,7 +98,7 @@ def stored_arrays(path: Path) -> dict[str, np.ndarray]:
 
     store = Store.open(path)
     names = ["documents/text", "documents/text_ends", "documents/records", "documents/record_ends", "documents/hashes"]
-    names += ["documents/chunk_ends", "chunks/spans", "chunks/encodings"]
+    names += ["documents/chunk_ends", "documents/status", "chunks/spans", "chunks/encodings"]
     for level in range(2, len(store.info().levels) + 1):
-        names += [f"levels/{level}/{part}" for part in ("offsets", "children", "vectors")]
+        names += [f"levels/{level}/{part}" for part in ("children", "vectors")]
     return {name: store.read(name) for name in names}

@@ -47,6 +47,13 @@ ModeOption = Annotated[
 Beam = Annotated[int, typer.Option(help="Nodes that a walk keeps per level.")]
 WithDecoder = Annotated[bool, typer.Option("--decoder/--no-decoder", help="Let a trained decoder rank the best anew.")]
 Within = Annotated[list[str] | None, typer.Option("--within", metavar="ID", help="Search in this document only.")]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where", metavar="CONDITION", help="Documents whose metadata meet it: 'kind == \"mail\" and year > 2020'."
+    ),
+]
+At = Annotated[str | None, typer.Option("--at", metavar="REF", help="A branch, tag, snapshot or time (ISO 8601).")]
 Llm = Annotated[
     str, typer.Option(help="Language model: smollm2, none, a folder, a transformers id, or a name at --llm-url.")
 ]
@@ -96,7 +103,7 @@ def _arguments() -> list[str]:
 def _fail(message: str, code: int) -> None:
     if _debug:
         traceback.print_exc()
-    err.print(f"[bold red]treemem:[/] {_shown(message)}", soft_wrap=True)
+    err.print(f"[bold red]treemem:[/] {shown(message)}", soft_wrap=True)
     sys.exit(code)
 
 
@@ -108,7 +115,7 @@ def _harmless(text: str) -> str:
     return _CONTROLS.sub("\ufffd", text)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The same on one line, and with its brackets taken as they are."""
     return escape(" ".join(_harmless(text).splitlines()))
 
@@ -135,7 +142,7 @@ def _options(
 
 
 @contextmanager
-def _progress(quiet: bool = False) -> Iterator[Progress]:
+def progress_of(quiet: bool = False) -> Iterator[Progress]:
     """A bar per stage on standard error: what is done, the rate, the time left; plain lines where no one looks."""
     if quiet:
         yield no_progress
@@ -146,9 +153,10 @@ def _progress(quiet: bool = False) -> Iterator[Progress]:
         yield report
 
 
-def _report(report: ReadReport) -> None:
+def report_unreadable(report: ReadReport) -> None:
+    """Say what could not be read."""
     for line in report.summary():
-        err.print(_shown(line), soft_wrap=True, style="yellow" if line.startswith("  ") else None)
+        err.print(shown(line), soft_wrap=True, style="yellow" if line.startswith("  ") else None)
 
 
 # ---- commands
@@ -178,7 +186,7 @@ def build(
     config = TreeConfig(chunk_tokens=chunk_tokens, fanout=fanout, spill=spill, seed=seed, language=language)
     report = ReadReport()
     try:
-        with _progress(as_json) as progress:
+        with progress_of(as_json) as progress:
             built = Memory.build(
                 paths,
                 memory,
@@ -190,13 +198,13 @@ def build(
                 progress=progress,
             )
     except UnreadableInput:
-        _report(report)
+        report_unreadable(report)
         raise
     info = built.info()
     if as_json:
-        _print_json({"memory": asdict(info), "read": report.to_json()})
+        print_json({"memory": asdict(info), "read": report.to_json()})
         return
-    _report(report)
+    report_unreadable(report)
     out.print(
         f"[bold]{escape(str(memory))}[/]: {info.documents:,} documents, {info.chunks:,} chunks, "
         f"{len(info.levels)} levels ({' / '.join(f'{n:,}' for n in info.levels)})",
@@ -216,6 +224,8 @@ def search(
     beam: Beam = 32,
     decoder: WithDecoder = True,
     within: Within = None,
+    where: Where = None,
+    at: At = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the chunks that answer a query."""
@@ -224,11 +234,11 @@ def search(
 
     config = SearchConfig(mode=mode, k=k, beam=beam, decoder=decoder)  # type: ignore[arg-type]
     query = _read_query(query)
-    with _progress(as_json) as progress:
-        opened = Memory.open(memory, progress=progress)
-    result = opened.search(query, config=config, within=within)
+    with progress_of(as_json) as progress:
+        opened = Memory.open(memory, at=at, progress=progress)
+    result = opened.search(query, config=config, within=within, where=where)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         _print_hits(result, opened.info().chunks)
 
@@ -242,6 +252,8 @@ def ask(
     mode: ModeOption = "deep",
     beam: Beam = 32,
     within: Within = None,
+    where: Where = None,
+    at: At = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
     threshold: Annotated[
         float | None,
@@ -257,35 +269,38 @@ def ask(
     from treemem.hierarchy.ask import config_for
 
     question = _read_query(question)
-    with _progress(as_json) as progress:
-        opened = Memory.open(memory, progress=progress)
+    with progress_of(as_json) as progress:
+        opened = Memory.open(memory, at=at, progress=progress)
         model = opened.language_model(llm, url=llm_url, progress=progress)
-    config = replace(config_for(model), threshold=threshold)
-    _ask(opened, question, model, as_json, mode=mode, beam=beam, within=within, max_tokens=max_tokens, config=config)
+    options = {"mode": mode, "beam": beam, "within": within, "where": where, "max_tokens": max_tokens}
+    _ask(opened, question, model, as_json, config=replace(config_for(model), threshold=threshold), **options)
 
 
 @app.command()
-def info(memory: MemoryPath, as_json: AsJson = False) -> None:
+def info(memory: MemoryPath, at: At = None, as_json: AsJson = False) -> None:
     """Tell what a memory holds."""
     from treemem import Memory
 
-    with _progress(as_json) as progress:
-        found = Memory.open(memory, progress=progress).info()
+    with progress_of(as_json) as progress:
+        found = Memory.open(memory, at=at, progress=progress).info()
     if as_json:
-        _print_json(asdict(found))
+        print_json({**asdict(found), "advice": found.advice})
         return
     table = Table(show_header=False, box=None)
-    table.add_row("documents", f"{found.documents:,}")
+    table.add_row("documents", f"{found.documents:,}" + (f", {found.masked:,} of them masked" if found.masked else ""))
     table.add_row("chunks", f"{found.chunks:,}")
     table.add_row("levels", " / ".join(f"{n:,}" for n in found.levels) + "  (top first)")
-    table.add_row("encoder", f"{_shown(found.encoder)}, {found.dimension} dimensions")
+    table.add_row("encoder", f"{shown(found.encoder)}, {found.dimension} dimensions")
     table.add_row("tree", f"fanout {found.config.fanout}, spill {found.config.spill}, seed {found.config.seed}")
-    table.add_row("trained", _shown(found.trained or "no"))
+    table.add_row("trained", shown(found.trained or "no"))
     table.add_row(
         "on disk", f"{found.store_bytes / 1e6:,.1f} MB store, {found.image_bytes / 1e6:,.1f} MB serving image"
     )
-    table.add_row("snapshot", f"{found.snapshot}, format {found.format}")
+    place = "of the past" if found.branch is None else f"of branch {shown(found.branch)}"
+    table.add_row("snapshot", f"{found.snapshot} {place}, format {found.format}")
     out.print(table)
+    if found.advice:
+        out.print(shown(found.advice), style="yellow", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -310,7 +325,7 @@ def evaluate(
     """Measure retrieval, and answers, on a data set."""
     from treemem.evaluation import print_report, run
 
-    with _progress(as_json) as progress:
+    with progress_of(as_json) as progress:
         report = run(
             folder,
             memory_path=memory,
@@ -328,7 +343,7 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         print_report(report, out)
 
@@ -371,7 +386,7 @@ def train(
     if queries is not None and dataset is not None:
         raise InputError("--queries and --dataset: give one of them")
     chosen = [source.strip() for source in sources.split(",") if source.strip()]
-    with _progress(as_json) as progress:
+    with progress_of(as_json) as progress:
         opened = Memory.open(memory, progress=progress)
         questions, held_out = None, None
         if queries is not None:
@@ -394,7 +409,7 @@ def train(
             progress=progress,
         )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         _print_training(report)
 
@@ -426,7 +441,7 @@ def demo(
     from treemem.hierarchy.readers import ReadReport, standard_library
     from treemem.storage.store import Store
 
-    with _progress() as progress:
+    with progress_of() as progress:
         if Store.exists(memory) and Store.open(memory).finished:
             opened = Memory.open(memory, progress=progress)
             err.print(f"Using {escape(str(memory))} again.")
@@ -491,7 +506,8 @@ def _read_query(query: str) -> str:
     return sys.stdin.read() if query == "-" else query
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
     # JSON lets these stand as they are in its strings; a terminal does not.
     text = json.dumps(value, ensure_ascii=False, default=str)
     print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -503,8 +519,8 @@ def _beginning(text: str, most: int) -> str:
 
 def _place(document: DocumentRef, span: Span) -> str:
     """A document's title, where it has one, its id, and the characters."""
-    title = f"[bold]{_shown(document.title)}[/] " if document.title not in ("", document.id) else ""
-    return f"{title}[dim]{_shown(document.id)}:{span[0]}-{span[1]}[/]"
+    title = f"[bold]{shown(document.title)}[/] " if document.title not in ("", document.id) else ""
+    return f"{title}[dim]{shown(document.id)}:{span[0]}-{span[1]}[/]"
 
 
 def _print_hits(result: SearchResult, chunks: int) -> None:
@@ -518,7 +534,7 @@ def _print_hits(result: SearchResult, chunks: int) -> None:
             soft_wrap=True,
         )
         text = " ".join(hit.text.split())
-        out.print("    " + _shown(_beginning(text, 240)), soft_wrap=True)
+        out.print("    " + shown(_beginning(text, 240)), soft_wrap=True)
     out.print(f"[dim]{result.scored:,} vectors scored in a memory of {chunks:,} chunks, {result.ms:.1f} ms[/]")
 
 
@@ -533,7 +549,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
     live = not as_json and out.is_terminal
     answer: Answer = opened.ask(question, llm=model, on_text=show if live else None, **options)
     if as_json:
-        _print_json(answer.to_json())
+        print_json(answer.to_json())
         return
     if streamed:
         out.print()
@@ -545,12 +561,14 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
         quote = " ".join(citation.text.split())
         out.print(
             f"  [cyan]\\[{citation.number}][/] {_place(citation.document, citation.span)} "
-            f"{_shown(_beginning(quote, 160))}",
+            f"{shown(_beginning(quote, 160))}",
             soft_wrap=True,
         )
     # The first token is a part of generating.
     out.print(f"[dim]{sum(s for step, s in answer.timings.items() if step != 'first_token'):.1f} s[/]")
 
+
+from treemem import cli_edit  # noqa: E402, F401 - its commands belong to `app`
 
 if __name__ == "__main__":
     main()

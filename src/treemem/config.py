@@ -10,7 +10,7 @@ from typing import Literal, SupportsIndex, get_args
 
 from treemem.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the stored layout; a memory of a higher one is refused."""
 
 Mode = Literal["deep", "hybrid", "walk", "exact", "bm25", "exact+bm25", "auto"]

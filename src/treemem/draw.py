@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def positions(tree: ServingTree) -> list[np.ndarray]:
-    """Where each element stands from left (0) to right (1), so that children stand below their parents; top first."""
+    """Where each element stands from left (0) to right (1), so that children stand below their parents; top first.
+
+    NaN for what is not in the tree any more.
+    """
     order: np.ndarray = np.arange(1)
     out = []
     for blocks, size in zip(tree.levels, tree.sizes, strict=True):
@@ -25,8 +28,8 @@ def positions(tree: ServingTree) -> list[np.ndarray]:
         met = np.concatenate(children) if children else np.empty(0, np.int32)
         first = np.sort(np.unique(met, return_index=True)[1])  # a chunk under two nodes stands below the first
         order = met[first]
-        places = np.empty(size)
-        places[order] = (np.arange(size) + 0.5) / max(1, size)
+        places = np.full(size, np.nan)
+        places[order] = (np.arange(len(order)) + 0.5) / max(1, len(order))
         out.append(places)
     return out
 
@@ -50,8 +53,12 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
     except ImportError as error:
         raise MissingPackage("drawing needs matplotlib; run: pip install matplotlib") from error
     axes = axes or plt.subplots(figsize=(10, 1 + 1.1 * memory.image.tree.depth))[1]
-    places = positions(memory.image.tree)
-    depth = len(places)
+    depth = memory.image.tree.depth
+    # By the numbers that results name nodes by.
+    places = [
+        own if row == depth - 1 else own[memory.image.places(depth - row)]
+        for row, own in enumerate(positions(memory.image.tree))
+    ]
     for row, level in enumerate(result.gathered):
         height = depth - row
         axes.scatter(places[row], np.full(len(places[row]), height), s=6, color="0.85", zorder=1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from treemem.hierarchy import grow as growing
 from treemem.hierarchy.grow import SLACK, grow
-from treemem.kernels import LevelBlocks, ServingTree, first_rows, quantise, upper_halves
+from treemem.kernels import LevelBlocks, ServingTree, quantise, upper_halves
 from treemem.kernels.reference import exact, search
 from treemem.storage.levels import Level, as_float32, node_vectors, unit
 
@@ -57,7 +57,7 @@ def serving_tree(vectors: np.ndarray, levels: list[Level]) -> ServingTree:
             offsets, ids = np.array([0, len(elements)], np.int64), np.arange(len(elements), dtype=np.int32)
         rows, scales = quantise(as_float32(elements))
         blocks.insert(0, LevelBlocks(rows, scales, upper_halves(rows[ids]), scales[ids], ids, offsets))
-    tree = ServingTree(tuple(blocks), tuple(len(e) for e in below[::-1]), first_rows(blocks[-1].ids, len(vectors)))
+    tree = ServingTree(tuple(blocks), tuple(len(e) for e in below[::-1]))
     tree.check()
     return tree
 

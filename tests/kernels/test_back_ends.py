@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.kernels.trees import laid_out, random_index, random_masks, random_queries, random_tree
 
 from treemem.errors import DamagedMemory, InputError, ModelError
-from treemem.kernels import BackEnd, Found, Masks, ServingTree, back_end, first_rows, quantise, reference
+from treemem.kernels import BackEnd, Found, Masks, ServingTree, back_end, quantise, reference
 
 # The fixture is a module without state: one for all examples is meant.
 property_test = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -156,7 +156,7 @@ def test_equal_chunks_come_by_id_through_the_better_parent(kernels: BackEnd) -> 
 def test_a_repeated_chunk_is_returned_once_even_under_one_parent(kernels: BackEnd) -> None:
     ids = np.array([1, 0, 1, 1], np.int32)
     blocks = laid_out(np.ones((2, 8), np.int8), np.full(2, 0.5, np.float32), ids, np.array([0, 4]))
-    walked = walk(kernels, ServingTree((blocks,), (2,), first_rows(ids, 2)), np.ones((1, 1, 1, 8), np.float32), beam=1)
+    walked = walk(kernels, ServingTree((blocks,), (2,)), np.ones((1, 1, 1, 8), np.float32), beam=1)
     assert walked.chunks.tolist() == [[0, 1]]
     assert walked.scores.tolist() == [[4, 4]]
     assert walked.scored.tolist() == [4]
@@ -223,7 +223,7 @@ def test_zero_queries_score_zero(kernels: BackEnd) -> None:
 def test_no_score_is_a_negative_zero(kernels: BackEnd) -> None:
     ids = np.array([1, 0], np.int32)
     blocks = laid_out(np.array([[1], [-1]], np.int8), np.zeros(2, np.float32), ids, np.array([0, 2]))
-    tree = ServingTree((blocks,), (2,), first_rows(ids, 2))
+    tree = ServingTree((blocks,), (2,))
     queries = np.ones((1, 1, 1, 1), np.float32)
     walked = walk(kernels, tree, queries, beam=1)
     assert walked.chunks.tolist() == [[0, 1]]
@@ -291,7 +291,7 @@ def test_memory_maps_are_read_in_place(kernels: BackEnd, tmp_path: Path) -> None
         )
         for i, blocks in enumerate(tree.levels)
     )
-    stored = ServingTree(levels, tree.sizes, mapped(tree.first_row, "first_row"))
+    stored = ServingTree(levels, tree.sizes)
     stored_index = replace(index, **{f.name: mapped(getattr(index, f.name), f"x{f.name}") for f in fields(index)})
     queries = random_queries(generator, tree, 3)
     assert_same(walk(kernels, stored, queries, 5), walk(reference, tree, queries, 5))

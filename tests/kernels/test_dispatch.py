@@ -75,7 +75,6 @@ def test_exported_names() -> None:
         "Signatures",
         "Words",
         "back_end",
-        "first_rows",
         "quantise",
         "top_k",
         "upper_halves",

@@ -10,7 +10,7 @@ import pytest
 from tests.kernels.trees import laid_out, random_index, random_tree
 
 from treemem.errors import DamagedMemory
-from treemem.kernels import LexicalIndex, ServingTree, first_rows
+from treemem.kernels import LexicalIndex, ServingTree
 
 
 def tree_of_three_levels() -> ServingTree:
@@ -57,7 +57,7 @@ DAMAGES: dict[str, tuple[Callable[[ServingTree], ServingTree], str]] = {
     "id negative": (lambda t: with_level(t, 2, ids=changed(t.levels[2].ids, 3, -1)), "outside"),
     "node twice": (
         lambda t: with_level(t, 1, ids=changed(t.levels[1].ids, 0, int(t.levels[1].ids[1]))),
-        "level 2: a node does not stand under exactly one parent",
+        "level 2: a node stands under more than one parent",
     ),
     "offsets fall": (lambda t: with_level(t, 2, offsets=changed(t.levels[2].offsets, 1, 70)), "do not rise"),
     "offsets too far": (lambda t: with_level(t, 2, offsets=changed(t.levels[2].offsets, -1, 81)), "do not rise"),
@@ -78,8 +78,6 @@ DAMAGES: dict[str, tuple[Callable[[ServingTree], ServingTree], str]] = {
     ),
     "scale NaN": (lambda t: with_level(t, 1, scales=changed(t.levels[1].scales, 0, np.nan)), "a scale"),
     "scale negative": (lambda t: with_level(t, 1, scales=changed(t.levels[1].scales, 0, -0.1)), "a scale"),
-    "first row wrong": (lambda t: replace(t, first_row=changed(t.first_row, 5, 0)), "first_row"),
-    "first row missing": (lambda t: replace(t, first_row=t.first_row[1:]), "first_row"),
 }
 
 
@@ -95,12 +93,28 @@ def test_too_high_a_dimension() -> None:
     ids, scales = np.zeros(1, np.int32), np.zeros(1, np.float32)
     blocks = laid_out(np.zeros((1, 2049), np.int8), scales, ids, np.array([0, 1]))
     with pytest.raises(DamagedMemory, match="dimension 2049"):
-        ServingTree((blocks,), (1,), np.zeros(1, np.int64)).check()
+        ServingTree((blocks,), (1,)).check()
 
 
-def test_first_rows() -> None:
-    ids = np.array([2, 0, 2, 1, 0], np.int32)
-    assert first_rows(ids, 4).tolist() == [1, 3, 0, -1]
+def test_every_element_stands_below_its_parent() -> None:
+    tree = tree_of_three_levels()
+    assert (tree.parents[0] == -1).all()
+    for level, (blocks, parents) in enumerate(zip(tree.levels, tree.parents, strict=True)):
+        assert np.array_equal(np.unique(tree.live[level]), np.arange(tree.sizes[level]))
+        for element, parent in enumerate(parents if level else []):
+            assert element in blocks.ids[blocks.offsets[parent] : blocks.offsets[parent + 1]]
+
+
+def test_what_nothing_leads_to_is_not_live() -> None:
+    """A top whose first entries are those of an edit ago."""
+    tree = tree_of_three_levels()
+    top = tree.levels[0]
+    later = with_level(tree, 0, offsets=np.array([2, len(top.ids)], np.int64))
+    later.check()
+    gone = np.isin(np.arange(tree.sizes[1]), tree.live[1][np.isin(tree.owners[1], top.ids[:2])])
+    assert np.array_equal(np.sort(later.live[0]), np.sort(top.ids[2:]))
+    assert np.array_equal(np.sort(later.live[1]), np.flatnonzero(~gone))
+    assert (later.parents[1][gone] == -1).all()
 
 
 LEXICAL_DAMAGES: dict[str, tuple[Callable[[LexicalIndex], LexicalIndex], str]] = {

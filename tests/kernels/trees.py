@@ -12,7 +12,6 @@ from treemem.kernels import (
     ServingTree,
     Signatures,
     Words,
-    first_rows,
     quantise,
     reference,
     upper_halves,
@@ -38,7 +37,7 @@ def random_tree(
     parents = [1, *sizes[:-1]]
     copies = [1] * (len(sizes) - 1) + [min(spill, parents[-1])]
     levels = [_random_level(generator, *shape, dimension, twins) for shape in zip(parents, sizes, copies, strict=True)]
-    return ServingTree(tuple(levels), tuple(sizes), first_rows(levels[-1].ids, chunks))
+    return ServingTree(tuple(levels), tuple(sizes))
 
 
 def _random_level(

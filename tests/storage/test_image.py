@@ -127,7 +127,7 @@ def test_available_memory() -> None:
 def test_hashes_that_collide_are_told_apart(
     tmp_path: Path, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imaging, "_id_hash", lambda document_id: len(document_id))
+    monkeypatch.setattr(imaging, "id_hash", lambda document_id: len(document_id))
     build(tmp_path / "m", [Document(name, f"text {name}") for name in ("aa", "bb", "c", "dd")], encoder, CONFIG)
     image = Image(folder_of(tmp_path / "m"))
     assert [image.number_of(name) for name in ("aa", "bb", "c", "dd", "ee", "f", "ggg")] == [
@@ -147,6 +147,7 @@ def test_every_damaged_file_is_mended(memory_path: Path, encoder: FakeEncoder, h
     folder = folder_of(memory_path)
     expected, kept = answers(memory_path, encoder), files_of(folder)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    description = (folder / "image.json").read_text()
     assert len(files) > 25
     for file in files:
         data = file.read_bytes()
@@ -156,7 +157,9 @@ def test_every_damaged_file_is_mended(memory_path: Path, encoder: FakeEncoder, h
             file.unlink()
         else:
             file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "longer": data + b"\0"}[how])
-        if file.name == "image.json" and how == "longer":
+        if how == "longer" and file.stem in json.loads(description)["rows"]:
+            Image(folder)  # what an edit that was killed has left
+        elif file.name == "image.json" and how == "longer":
             with pytest.raises(DamagedMemory):
                 Image(folder)
         else:
@@ -216,7 +219,7 @@ def test_wrong_fields_in_the_description(memory_path: Path, field: str, value: o
         Image(folder)
 
 
-@pytest.mark.parametrize("name", ["level-1-ids.npy", "level-2-offsets.npy", "first-row.npy", "text_ends.npy"])
+@pytest.mark.parametrize("name", ["level-1-ids.npy", "level-2-offsets.npy", "text_ends.npy"])
 def test_a_wrong_header_is_noticed(memory_path: Path, name: str, unchecked_types: None) -> None:
     folder = folder_of(memory_path)
     data = (folder / name).read_bytes()
@@ -273,8 +276,8 @@ def test_leftovers_of_killed_processes_go_when_a_memory_is_opened(memory_path: P
 def test_damage_in_the_store_is_not_copied_into_an_image(memory_path: Path, encoder: FakeEncoder) -> None:
     store = Store.open(memory_path)
     vectors = np.zeros((store.info().chunks, 32), np.float16)
-    with store._transaction("tampered") as root:
-        root["documents/text"][0] = 0
+    with store.transaction("tampered") as writer:
+        writer.root["documents/text"][0] = 0
     with pytest.raises(DamagedMemory, match="documents/text is not what was written"):
         build_image(store, vectors)
     with pytest.raises(DamagedMemory):

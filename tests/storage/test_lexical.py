@@ -19,8 +19,8 @@ WORDS = [f"word{n}" for n in range(400)]
 
 
 def built(folder: Path, texts: list[str], language: str = "en") -> Lexical:
-    build_lexical(folder, iter(texts), len(texts), language)
-    return Lexical(folder, language)
+    words = build_lexical(folder, iter(texts), len(texts), language)
+    return Lexical(folder, language, len(texts), words)
 
 
 def random_texts(count: int, longest: int, seed: int = 0) -> list[str]:
@@ -194,9 +194,10 @@ def test_ties_across_files_go_to_the_smaller_chunk(tmp_path: Path) -> None:
         writer.commit()
         writer.wait_merging_threads()
     built(tmp_path / "one", texts)
-    for name in lexical._FILES:
+    for name in lexical.FILES:
         shutil.copy(lexical._file(tmp_path / "one", name), folder)
-    several, one = Lexical(folder, "en"), Lexical(tmp_path / "one", "en")
+    words = sum(len(text.split()) for text in texts)
+    several, one = (Lexical(own, "en", len(texts), words) for own in (folder, tmp_path / "one"))
     assert several._searcher.num_segments > 1
     for text in ("apple", "apple pear", "plum and apple"):
         for k in (1, 5, 150, 201):
@@ -251,7 +252,7 @@ def test_stored_lengths_are_tantivys() -> None:
 
 def test_nothing_else_is_left(tmp_path: Path) -> None:
     built(tmp_path, random_texts(50, 20))
-    assert {path.name for path in tmp_path.iterdir()} == {"bm25", *(f"words-{name}.npy" for name in lexical._FILES)}
+    assert {path.name for path in tmp_path.iterdir()} == {"bm25", *(f"words-{name}.npy" for name in lexical.FILES)}
 
 
 # ---- scripts without spaces between words

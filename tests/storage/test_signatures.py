@@ -25,10 +25,11 @@ def test_written_is_what_is_specified(tmp_path: Path, chunks: int, step: int, mo
     read = read_signatures(tmp_path, tree)
     expected = signatures_of(tree, index)
     assert len(read) == len(expected) == tree.depth
-    for one, other in zip(read, expected, strict=True):
+    for level, one, other in zip(range(tree.depth, 0, -1), read, expected, strict=True):
         for field in fields(Signatures):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
-            assert getattr(one, field.name).dtype == getattr(other, field.name).dtype
+            if field.name != "starts" or level == 1:  # those of nodes have room for what edits append
+                assert getattr(one, field.name).dtype == getattr(other, field.name).dtype
     assert told[-1] == f"words of level {tree.depth + 1}"
     assert {file.suffix for file in tmp_path.iterdir()} == {".npy"}, "scratch files stayed"
 

@@ -19,10 +19,9 @@ class Ancestors:
         self._sizes = tree.sizes
         # Bottom up, of each level but the top: elements' parents, and where each element's own begin.
         self._parents: list[tuple[np.ndarray, np.ndarray]] = []
-        for blocks, size in zip(tree.levels[:0:-1], tree.sizes[:0:-1], strict=True):
-            above = np.repeat(np.arange(len(blocks.offsets) - 1), np.diff(blocks.offsets))
-            begins = np.concatenate([[0], np.cumsum(np.bincount(blocks.ids, minlength=size))])
-            self._parents.append((above[np.argsort(blocks.ids, kind="stable")], begins))
+        for elements, above, size in zip(tree.live[:0:-1], tree.owners[:0:-1], tree.sizes[:0:-1], strict=True):
+            begins = np.concatenate([[0], np.cumsum(np.bincount(elements, minlength=size))])
+            self._parents.append((above[np.argsort(elements, kind="stable")], begins))
 
     def of(self, chunk: int) -> list[np.ndarray]:
         """What stands above a chunk, top level first, and the chunk itself last."""
