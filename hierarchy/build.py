@@ -21,6 +21,7 @@ from treemem.hierarchy.weights import Hierarchy
 from treemem.storage.files import is_work, work_folder
 from treemem.storage.image import build_image, image_folder
 from treemem.storage.levels import Gate, Spread, contextual, document_runs, node_vectors
+from treemem.storage.remote import is_local_part, named, url_of
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document, Progress, no_progress
 
@@ -88,15 +89,18 @@ def require_free(path: Path) -> None:
             raise _taken(path)
         return
     with guard(path):
-        other = path.exists() and (
-            not path.is_dir() or any(not is_work(inside) and inside.name != _LOCK for inside in path.iterdir())
-        )
+        other = path.exists() and (not path.is_dir() or any(not _is_ours(path, inside) for inside in path.iterdir()))
     if other:
-        raise StoreError(f"{path}: there is something else at this path; choose another")
+        raise StoreError(f"{named(path)}: there is something else at this path; choose another")
+
+
+def _is_ours(path: Path, inside: Path) -> bool:
+    remote = url_of(path) is not None and is_local_part(inside.name)
+    return is_work(inside) or inside.name == _LOCK or remote
 
 
 def _taken(path: Path) -> StoreError:
-    return StoreError(f"{path}: a memory is there already; choose another path or remove it first")
+    return StoreError(f"{named(path)}: a memory is there already; choose another path or remove it first")
 
 
 @contextmanager
@@ -111,7 +115,7 @@ def alone(path: Path, wait: float = 0) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise StoreError(f"{path}: another process is writing this memory; wait for it or end it") from None
+            raise StoreError(f"{named(path)}: another process is writing this memory; wait for it or end it") from None
     try:
         yield
     finally:
@@ -130,9 +134,11 @@ def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig, hierarchy:
         raise _taken(path)
     check_encoder(path, info.encoder, encoder)
     if info.config != config:
-        raise InputError(f"{path}: its interrupted build has other settings; use {info.config} or another path")
+        raise InputError(f"{named(path)}: its interrupted build has other settings; use {info.config} or another path")
     if store.hierarchy() != given:
-        raise InputError(f"{path}: its interrupted build has another hierarchy; give that one, or use another path")
+        raise InputError(
+            f"{named(path)}: its interrupted build has another hierarchy; give that one, or use another path"
+        )
     store.remove_leftovers()
     return store
 
@@ -141,7 +147,7 @@ def check_encoder(path: Path, recorded: dict[str, object], encoder: Encoder) -> 
     """Raise EncoderMismatch unless a memory was made with this encoder."""
     if recorded["weights"] != encoder.info.weights or recorded["dimension"] != encoder.info.dimension:
         raise EncoderMismatch(
-            f"{path}: made with encoder {recorded['name']!r} (weights {recorded['weights']}), "
+            f"{named(path)}: made with encoder {recorded['name']!r} (weights {recorded['weights']}), "
             f"given {encoder.name!r} (weights {encoder.info.weights}); use the first or build a new memory"
         )
 
@@ -185,7 +191,7 @@ def _skip_stored(store: Store, documents: Iterator[Document], progress: Progress
                 raise _taken(store.path)
             what = "is missing" if document is None else f"({document.id!r}) differs"
             raise InputError(
-                f"{store.path}: the interrupted build cannot be continued: document {number + 1} {what}; "
+                f"{store.name}: the interrupted build cannot be continued: document {number + 1} {what}; "
                 "give the same documents, or remove this folder and build again"
             )
     return documents
@@ -258,7 +264,7 @@ def stored_hierarchy(store: Store) -> Hierarchy | None:
     try:
         return Hierarchy.from_bytes(*stored)
     except ModelError as error:
-        raise DamagedMemory(f"{store.path}: its trained hierarchy: {error}") from error
+        raise DamagedMemory(f"{store.name}: its trained hierarchy: {error}") from error
 
 
 def _gate(hierarchy: Hierarchy | None) -> Gate | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ class EditReport:
     """Where the tree was grown anew: which part of the ten chunks nearest to a chunk a walk found before …"""
     recall_after: float | None = None
     """… and finds since."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long it took to `encode` what is new, to place and `commit` all of it, and to follow with the `image`."""
 
     def counts(self) -> dict[str, int]:
         """What is not zero, for the snapshot's metadata."""
@@ -126,7 +130,7 @@ def apply(
     message: str,
     metadata: dict[str, Any],
     progress: Progress = no_progress,
-) -> Image:
+) -> tuple[Image, dict[str, float]]:
     """Commit an edit, and bring the serving image after it. The caller holds the memory's lock.
 
     Args:
@@ -144,8 +148,9 @@ def apply(
         progress: told what is done.
 
     Returns:
-        The image of the new snapshot.
+        The image of the new snapshot, and how many seconds it took to `commit` and to make the `image`.
     """
+    begin = time.perf_counter()
     dimension = image.tree.dimension
     encodings = np.empty((0, dimension), np.float16) if encodings is None else encodings
     status = image.status if status is None else status
@@ -171,15 +176,15 @@ def apply(
             del below, editor
         change = Change(tuple(added), encodings, vectors, tuple(sorted(removed)), tree, status)
         snapshot = write_change(store, change, message, metadata)
+        committed = time.perf_counter()
+        followed = False
         if tree.regrown is None:
-            try:
+            with suppress(Outgrown):
                 follow(folder, image, change, snapshot)
-                target = cache / snapshot
-                replace_folder(folder, target)
-                return Image(target)
-            except Outgrown:
-                pass
-    return Image(write_image(store, config, progress))
+                replace_folder(folder, cache / snapshot)
+                followed = True
+    made = Image(cache / snapshot if followed else write_image(store, config, progress))
+    return made, {"commit": committed - begin, "image": time.perf_counter() - committed}
 
 
 def level_1(

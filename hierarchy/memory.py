@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from treemem.config import SearchConfig, TreeConfig
-from treemem.errors import DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
+from treemem.errors import Conflict, DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
 from treemem.hierarchy.ask import AskConfig, ask, config_for
 from treemem.hierarchy.build import alone, build, check_encoder, require_free, write_image
 from treemem.hierarchy.edits import EditReport, apply, compact, encode, masked_status, numbers_of, recall, sort_out
@@ -32,16 +34,21 @@ from treemem.storage import history as past
 from treemem.storage.files import is_work
 from treemem.storage.history import Difference, Snapshot
 from treemem.storage.image import Image, image_folder
+from treemem.storage.remote import local_side
 from treemem.storage.schema import MASKED, PRESENT, REMOVED
 from treemem.storage.store import MAIN, Store, StoreInfo
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
 
+TRIES = 4
+"""How often an edit is made again because another process has committed to the branch meanwhile."""
 COMPACT_FROM = 0.5
 """From which part of chunks that came or went since the tree was grown `info` advises to grow it anew."""
 LOCK_SECONDS = 10.0
 """How long an edit waits for another process to end its own."""
 IMAGES_KEPT = 4
 """How many serving images of snapshots that nothing is at any more stay, for those who open them soon."""
+_Edit = TypeVar("_Edit", bound=Callable[..., Any])
+
 ASK_HITS = 10
 """From how many chunks the passages of an answer are made."""
 
@@ -77,6 +84,21 @@ class MemoryInfo:
         if self.edited <= COMPACT_FROM:
             return None
         return f"{self.edited:.0%} of the chunks came or went since the tree was grown: treemem compact {self.path}"
+
+
+def _retried(edit: _Edit) -> _Edit:
+    """An edit that is made again on what another process has committed meanwhile, where no lock could keep it away."""
+
+    @wraps(edit)
+    def again(self: Memory, *arguments: Any, **options: Any) -> Any:
+        for _ in range(TRIES - 1):
+            try:
+                return edit(self, *arguments, **options)
+            except Conflict:
+                continue
+        return edit(self, *arguments, **options)
+
+    return cast(_Edit, again)
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,7 @@ class Memory:
 
         Args:
             sources: files, folders and globs, or a document or several; none at all make an empty memory.
-            path: where the memory is to lie; nothing else may be there.
+            path: where the memory is to lie, a folder or `s3://bucket/prefix`; nothing else may be there.
             encoder: encoder 1, by name or loaded.
             hierarchy: a trained one to grow the tree with, its folder or loaded; `default` for the packaged one, which
                 is left out with another encoder than the packaged; None or `none` for an untrained tree.
@@ -146,7 +168,7 @@ class Memory:
             UnknownModel: there is no such encoder.
             ModelError: the hierarchy cannot be used, or was trained on another encoder.
         """
-        path = Path(path)
+        path = local_side(path)
         config = config or TreeConfig()
         weights = load_hierarchy(hierarchy) if isinstance(hierarchy, str | Path) else hierarchy
         report = report if report is not None else ReadReport()
@@ -183,7 +205,7 @@ class Memory:
         """Open a memory. The encoder is loaded at the first query; a missing serving image is made again.
 
         Args:
-            path: the memory's folder.
+            path: the memory's folder, or `s3://bucket/prefix`.
             at: a branch, a tag, a snapshot (its id, or the beginning of it) or a time, as ISO 8601 or a datetime; by
                 default the branch `main`. Only at a branch it can be edited.
             encoder: encoder 1 where the recorded name does not lead to it; its weights must be the recorded ones.
@@ -194,7 +216,7 @@ class Memory:
             InputError: there is no such branch, tag, snapshot or time.
             EncoderMismatch: at the first query, where the encoder is another.
         """
-        path = Path(path)
+        path = local_side(path)
         store = Store.open(path)
         store.require_finished()
         migrate(store, progress)
@@ -347,7 +369,7 @@ class Memory:
         """
         number = self.image.number_of(document_id)
         if number is None:
-            raise InputError(f"document {document_id!r} is not in {self.store.path}")
+            raise InputError(f"document {document_id!r} is not in {self.store.name}")
         return self.image.document(number)
 
     def ids(self, where: str | None = None) -> list[str]:
@@ -367,6 +389,7 @@ class Memory:
 
     # ---- editing
 
+    @_retried
     def add(
         self,
         sources: str | Path | Sequence[str | Path] | Document | Iterable[Document],
@@ -387,11 +410,14 @@ class Memory:
             StoreError: another process is writing this memory, or the disk is full; nothing has changed then.
             InputError: nothing can be read, or two documents have one id.
         """
+        if not isinstance(sources, str | Path | Document | Sequence):
+            sources = list(sources)
         documents, _ = _documents(sources, report if report is not None else ReadReport())
         with self._writing():
             plan = sort_out(self.store, self.image, documents)
             replaced = numbers_of(self.image, [own.id for own in plan.changed])
             fresh = [*plan.new, *plan.changed]
+            begin = time.perf_counter()
             new, encodings = encode(fresh, self.encoder, self.config, progress) if fresh else ([], None)
             done = EditReport(
                 self.store.snapshot,
@@ -400,6 +426,7 @@ class Memory:
                 unchanged=tuple(plan.unchanged),
                 chunks_added=sum(len(own.spans) for own in new),
                 chunks_removed=self._chunks_of(replaced),
+                seconds={"encode": time.perf_counter() - begin},
             )
             # A document that was masked stays so when its content is replaced.
             hidden = [n for n, own in enumerate(plan.changed, len(plan.new)) if self._is_masked(own.id)]
@@ -407,6 +434,7 @@ class Memory:
                 done, message, added=new, encodings=encodings, removed=replaced, hidden=hidden, progress=progress
             )
 
+    @_retried
     def remove(
         self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
         progress: Progress = no_progress,
@@ -431,6 +459,7 @@ class Memory:
             done = EditReport(self.store.snapshot, removed=removed, chunks_removed=self._chunks_of(numbers))
             return self._edited(done, message, removed=numbers, progress=progress)
 
+    @_retried
     def forget(
         self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
         progress: Progress = no_progress,
@@ -452,7 +481,7 @@ class Memory:
             held = past.holding(self.store, wanted)
             missing = [own for own in wanted if not any(own in there for there in held.values())]
             if missing:
-                raise InputError(f"document {missing[0]!r} is in no branch or tag of {self.store.path}")
+                raise InputError(f"document {missing[0]!r} is in no branch or tag of {self.store.name}")
             branches = past.branches(self.store)
             tags = tuple(name for name in held if name not in branches)
             for name in tags:
@@ -491,6 +520,7 @@ class Memory:
         """Show documents again."""
         return self._hide(ids, where, message, PRESENT)
 
+    @_retried
     def _hide(self, ids: Iterable[str], where: str | None, message: str | None, value: int) -> EditReport:
         with self._writing():
             numbers = [n for n in self._chosen(ids, where) if self.image.status[n] != value]
@@ -513,23 +543,38 @@ class Memory:
         finally:
             self._swap(before, kept=True)
 
+    @_retried
     def compact(self, *, message: str | None = None, progress: Progress = no_progress) -> EditReport:
         """Grow the tree anew over what is there: what many edits have unbalanced, and the numbers of what was removed.
 
         Those who search meanwhile go on undisturbed.
         """
         with self._writing():
-            before = recall(self.image, self.config.seed)
-            self._swap(compact(self.store, message or "compact", progress))
-            after = recall(self.image, self.config.seed)
-            return EditReport(self.store.snapshot, recall_before=before, recall_after=after)
+            return self._compacted(message or "compact", progress)
+
+    def dense(self, progress: Progress = no_progress) -> None:
+        """Compact where anything was edited since the tree was grown: training wants numbers without gaps."""
+        if self._has_gaps:
+            with self._writing():
+                if self._has_gaps:  # another process may have done it
+                    self._compacted("compact before training", progress)
+
+    @property
+    def _has_gaps(self) -> bool:
+        return not self.image.fresh or bool((self.image.status == REMOVED).any())
+
+    def _compacted(self, message: str, progress: Progress) -> EditReport:
+        before = recall(self.image, self.config.seed)
+        self._swap(compact(self.store, message, progress))
+        after = recall(self.image, self.config.seed)
+        return EditReport(self.store.snapshot, recall_before=before, recall_after=after)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the memory's lock, at the tip of the branch."""
         if self.store.branch is None:
             raise StoreError(
-                f"{self.store.path}: opened at a snapshot of the past, which stays as it is; open a branch to edit it"
+                f"{self.store.name}: opened at a snapshot of the past, which stays as it is; open a branch to edit it"
             )
         with alone(self.store.path, wait=LOCK_SECONDS):
             self.refresh()
@@ -553,10 +598,10 @@ class Memory:
             return done
         text = message or done.message()
         given = self.store, self.image, self.config, self.hierarchy
-        image = apply(*given, message=text, metadata=done.counts(), hidden=hidden, **changes)
+        image, seconds = apply(*given, message=text, metadata=done.counts(), hidden=hidden, **changes)
         self._swap(image)
         self._sweep()
-        return replace(done, snapshot=self.store.snapshot)
+        return replace(done, snapshot=self.store.snapshot, seconds={**done.seconds, **seconds})
 
     def _swap(self, image: Image, *, kept: bool = False) -> None:
         """Search another image from now on; searches that have begun go on in the one before."""
@@ -659,7 +704,7 @@ class Memory:
         """Counts, settings and sizes."""
         info = self._info
         return MemoryInfo(
-            path=str(self.store.path),
+            path=self.store.name,
             documents=info.documents,
             masked=info.masked,
             chunks=info.chunks,
@@ -672,7 +717,7 @@ class Memory:
             trained=None if self.hierarchy is None else str(self.hierarchy.card.get("summary", "yes")),
             branch=self.store.branch,
             edited=self._edited_share(),
-            store_bytes=_bytes(self.store.path / "store"),
+            store_bytes=self.store.stored_bytes(),
             image_bytes=_bytes(self.image.folder),
         )
 
@@ -683,6 +728,21 @@ class Memory:
                 break
             changed += snapshot.changes.get("chunks_added", 0) + snapshot.changes.get("chunks_removed", 0)
         return changed / max(1, self.image.chunks)
+
+
+def verify_memory(
+    path: str | Path,
+    document: str | None = None,
+    *,
+    at: str | datetime | None = None,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Verify a memory that may be too damaged to be opened; then its store alone is looked at. See `Memory.verify`."""
+    try:
+        memory = Memory.open(path, at=at, progress=progress)
+    except DamagedMemory:
+        return verify(past.resolve(Store.open(local_side(path)), MAIN if at is None else at), None, progress)
+    return memory.verify(document, progress)
 
 
 def _are_paths(sources: Any) -> bool:

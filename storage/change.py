@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float16, Int32
@@ -10,7 +12,7 @@ from jaxtyping import Float16, Int32
 from treemem.storage.levels import Level, document_runs
 from treemem.storage.schema import ENDS, REMOVED, chunk_arrays, document_arrays
 from treemem.storage.store import NewDocument, Store, write_documents, write_levels
-from treemem.storage.writer import Writer
+from treemem.storage.writer import Writer, together
 from treemem.types import Progress, no_progress
 
 
@@ -65,8 +67,7 @@ def write_change(store: Store, change: Change, message: str, metadata: dict[str,
             writer.put("documents/status", places, change.status[places])
         if change.tree.regrown is not None:
             write_levels(writer, change.tree.regrown, store.info().config.fanout)
-        for number, level in enumerate(change.tree.levels, 2):
-            _write_level(writer, number, level)
+        together([c for n, level in enumerate(change.tree.levels, 2) for c in _level_writes(writer, n, level)])
     return store.snapshot
 
 
@@ -121,16 +122,20 @@ def _zero(writer: Writer, path: str, places: np.ndarray) -> None:
         writer.put(path, places, np.zeros((len(places), *array.shape[1:]), array.dtype))
 
 
-def _write_level(writer: Writer, number: int, change: LevelChange) -> None:
+def _level_writes(writer: Writer, number: int, change: LevelChange) -> list[Callable[[], None]]:
+    """What writes a level's changes, one call for each of its arrays."""
     paths = [f"levels/{number}/{part}" for part in ("children", "vectors")]
     before, fanout = writer.array(paths[0]).shape
     slots = np.full((len(change.nodes), fanout), -1, np.int32)
     for row, children in zip(slots, change.children, strict=True):
         row[: len(children)] = children
     old = change.nodes < before
-    for path, rows in zip(paths, (slots, change.vectors), strict=True):
+
+    def write(path: str, rows: np.ndarray) -> None:
         if old.any():
             writer.put(path, change.nodes[old], rows[old])
         writer.append(path, rows[~old])
         if change.size < before:
             writer.truncate(path, change.size)
+
+    return [partial(write, path, rows) for path, rows in zip(paths, (slots, change.vectors), strict=True)]

@@ -107,14 +107,14 @@ def resolve(store: Store, at: str | datetime) -> Store:
         moment = _time(at)
         if moment is None:
             raise InputError(
-                f"{store.path} has no branch, tag or snapshot {at!r}, and it is no time; see: treemem history"
+                f"{store.name} has no branch, tag or snapshot {at!r}, and it is no time; see: treemem history"
             )
     else:
         moment = at if at.tzinfo else at.astimezone()
     for snapshot in history(store):
         if snapshot.time <= moment:
             return store.at(snapshot.id, None)
-    raise InputError(f"{store.path} has no snapshot that is as old as {moment.isoformat(timespec='seconds')}")
+    raise InputError(f"{store.name} has no snapshot that is as old as {moment.isoformat(timespec='seconds')}")
 
 
 def _time(text: str) -> datetime | None:
@@ -181,7 +181,7 @@ def delete(store: Store, name: str) -> None:
         elif name in store.repository.list_tags():
             store.repository.delete_tag(name)
         else:
-            raise InputError(f"{store.path} has no branch or tag {name!r}; see: treemem history")
+            raise InputError(f"{store.name} has no branch or tag {name!r}; see: treemem history")
 
 
 def reset(store: Store, branch: str, snapshot: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jaxtyping import Float
 
 from treemem.config import FORMAT_VERSION, TreeConfig
 from treemem.errors import (
+    Conflict,
     DamagedMemory,
     InputError,
     NewerFormat,
@@ -34,6 +36,7 @@ from treemem.errors import (
 )
 from treemem.storage.files import remove_stale_work, work_folder
 from treemem.storage.levels import Level, Spread
+from treemem.storage.remote import named, storage_of, url_of
 from treemem.storage.schema import (
     HIERARCHY_PARTS,
     MASKED,
@@ -44,7 +47,7 @@ from treemem.storage.schema import (
     document_arrays,
     level_arrays,
 )
-from treemem.storage.writer import Writer, digest
+from treemem.storage.writer import Writer, digest, together
 from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
@@ -81,6 +84,8 @@ def guard(path: Path, damage: tuple[type[Exception], ...] = _DAMAGE) -> Iterator
         yield
     except TreememError:
         raise
+    except icechunk.ConflictError as error:
+        raise Conflict(f"{named(path)}: another process has committed meanwhile; run the same command again") from error
     except Exception as error:
         if isinstance(error, (OSError, *damage)) or type(error).__name__ == _PANIC:
             raise _explained(path, error) from error
@@ -91,17 +96,19 @@ def _explained(path: Path, error: Exception) -> StoreError:
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or any(mark in text.lower() for mark in _NO_SPACE):
-        return OutOfSpace(f"{path}: the disk is full; free some space and run the same command again, it continues")
+        return OutOfSpace(
+            f"{named(path)}: the disk is full; free some space and run the same command again, it continues"
+        )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or any(mark in text.lower() for mark in _NO_PERMISSION):
-        return StoreError(f"{path}: permission denied; check who owns the folder and whether it may be written")
+        return StoreError(f"{named(path)}: permission denied; check who owns the folder and whether it may be written")
     lines = [line.strip(" |\n").removeprefix("x ") for line in text.splitlines() if line.strip(" |\n")]
     reason = lines[0][:200] if lines else type(error).__name__
     if isinstance(error, zarr.errors.NodeNotFoundError):  # also an OSError, of zarr's own making
         reason = "arrays are missing"
     elif isinstance(error, OSError):
-        return StoreError(f"{path}: {error.strerror or reason}; check the path and the disk")
+        return StoreError(f"{named(path)}: {error.strerror or reason}; check the path and the disk")
     return DamagedMemory(
-        f"{path}: stored data cannot be read ({reason}); restore the folder from a copy or build it again"
+        f"{named(path)}: stored data cannot be read ({reason}); restore the folder from a copy or build it again"
     )
 
 
@@ -207,12 +214,14 @@ class Store:
         # At every opening icechunk prints, on standard output, a warning of concurrent commits on a local disk; builds
         # take a lock against them. Whoever set icechunk's own variable hears what they asked for.
         icechunk.set_logs_filter(os.environ.get("ICECHUNK_LOG", _QUIET))
-        return icechunk.local_filesystem_storage(str(path / "store"))
+        return storage_of(path)
 
-    @staticmethod
-    def exists(path: Path) -> bool:
+    @classmethod
+    def exists(cls, path: Path) -> bool:
         """Whether something that looks like a memory lies at `path`."""
         with guard(path):
+            if url_of(path) is not None:
+                return icechunk.Repository.exists(cls._storage(path))
             try:
                 inside = os.listdir(path / "store")
             except (FileNotFoundError, NotADirectoryError):
@@ -233,24 +242,34 @@ class Store:
         """
         with guard(path):
             path.mkdir(parents=True, exist_ok=True)
-            # Made aside and moved into place, so that a killed process leaves no half of a repository.
-            with work_folder(path, "creating-") as work:
-                repository = icechunk.Repository.create(cls._storage(work))
-                repository.create_branch(BUILD, repository.lookup_branch(MAIN))
-                session = repository.writable_session(BUILD)
-                root = zarr.create_group(session.store)
-                root.attrs.update(
-                    {"format": FORMAT_VERSION, "state": "reading", "config": asdict(config), "encoder": encoder}
-                )
-                writer = Writer(root, {})
-                for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
-                    writer.create(name, spec)
-                if hierarchy is not None:
-                    _write_hierarchy(writer, hierarchy)
-                close(writer)
-                session.commit("begin")
-                os.replace(work / "store", path / "store")
+            if url_of(path) is not None:
+                cls._begin(cls._storage(path), config, encoder, hierarchy)
+            else:  # made aside and moved into place, so that a killed process leaves no half of a repository
+                with work_folder(path, "creating-") as work:
+                    cls._begin(cls._storage(work), config, encoder, hierarchy)
+                    os.replace(work / "store", path / "store")
         return cls.open(path)
+
+    @staticmethod
+    def _begin(
+        storage: icechunk.Storage,
+        config: TreeConfig,
+        encoder: dict[str, Any],
+        hierarchy: tuple[bytes, bytes] | None,
+    ) -> None:
+        """Make an empty repository on which a build can go on."""
+        repository = icechunk.Repository.create(storage)
+        repository.create_branch(BUILD, repository.lookup_branch(MAIN))
+        session = repository.writable_session(BUILD)
+        root = zarr.create_group(session.store)
+        root.attrs.update({"format": FORMAT_VERSION, "state": "reading", "config": asdict(config), "encoder": encoder})
+        writer = Writer(root, {})
+        for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
+            writer.create(name, spec)
+        if hierarchy is not None:
+            _write_hierarchy(writer, hierarchy)
+        close(writer)
+        session.commit("begin")
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -262,18 +281,18 @@ class Store:
             DamagedMemory: its root cannot be read.
         """
         if not cls.exists(path):
-            what = "there is nothing there" if not path.exists() else "this is no memory"
-            raise NotAMemory(f"{path}: {what}; make one with: treemem build {path} PATH…")
+            what = "this is no memory" if path.exists() and url_of(path) is None else "there is nothing there"
+            raise NotAMemory(f"{named(path)}: {what}; make one with: treemem build {named(path)} PATH…")
         remove_stale_work(path)
         with guard(path, _METADATA_DAMAGE):
             store = cls(path, icechunk.Repository.open(cls._storage(path)))
             store.branch = MAIN if store.finished else BUILD
             version = store._root().attrs.get("format")
         if not isinstance(version, int):
-            raise NotAMemory(f"{path}: this is no treemem memory; choose another path")
+            raise NotAMemory(f"{named(path)}: this is no treemem memory; choose another path")
         if version > FORMAT_VERSION:
             raise NewerFormat(
-                f"{path}: written in format {version}, this treemem reads up to {FORMAT_VERSION}; "
+                f"{named(path)}: written in format {version}, this treemem reads up to {FORMAT_VERSION}; "
                 "run: pip install --upgrade treemem"
             )
         return store
@@ -290,6 +309,18 @@ class Store:
         `branch`: what edits go to, whose tip it must be then; None where there are to be none.
         """
         return Store(self.path, self.repository, branch, snapshot)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages: its folder, or its URL."""
+        return named(self.path)
+
+    def stored_bytes(self) -> int:
+        """How many bytes the repository takes; of a remote one those of its arrays alone."""
+        with guard(self.path):
+            if url_of(self.path) is not None:
+                return int(self.repository.total_chunks_storage())
+            return sum(file.stat().st_size for file in (self.path / "store").rglob("*") if file.is_file())
 
     @property
     def snapshot(self) -> str:
@@ -314,13 +345,13 @@ class Store:
         """
         if self.branch is None:
             raise StoreError(
-                f"{self.path}: opened at a snapshot of the past, which stays as it is; make a branch of it"
+                f"{self.name}: opened at a snapshot of the past, which stays as it is; make a branch of it"
             )
         with guard(self.path):
             session = self.repository.writable_session(self.branch)
             if self._snapshot is not None and session.snapshot_id != self._snapshot:
-                raise StoreError(
-                    f"{self.path}: branch {self.branch!r} has changed since this snapshot; open the memory again"
+                raise Conflict(
+                    f"{self.name}: branch {self.branch!r} has changed since this snapshot; open the memory again"
                 )
             root: Any = zarr.open_group(session.store, mode="r+")
             writer = Writer(root, root.attrs["digests"]["arrays"])
@@ -368,14 +399,14 @@ class Store:
     def require_finished(self) -> None:
         """Raise UnfinishedMemory where the build was interrupted."""
         if not self.finished:
-            raise UnfinishedMemory(f"{self.path}: its build was interrupted; run the same build again, it continues")
+            raise UnfinishedMemory(f"{self.name}: its build was interrupted; run the same build again, it continues")
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One array by its path in the hierarchy."""
         with guard(self.path, _METADATA_DAMAGE):
             array = self._root().get(name)
         if not isinstance(array, zarr.Array):
-            raise DamagedMemory(f"{self.path}: {name} is missing; restore the folder from a copy or build it again")
+            raise DamagedMemory(f"{self.name}: {name} is missing; restore the folder from a copy or build it again")
         return array
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -443,7 +474,7 @@ class Store:
     def damaged(self, what: str) -> DamagedMemory:
         """What to raise where `what` is not as it was written."""
         return DamagedMemory(
-            f"{self.path}: {what} is not what was written; restore the folder from a copy or build it again"
+            f"{self.name}: {what} is not what was written; restore the folder from a copy or build it again"
         )
 
     # ---- building
@@ -546,8 +577,7 @@ def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings:
         "chunks/spans": np.array(spans, np.int64).reshape(-1, 4),
         "chunks/encodings": encodings.astype(np.float16),
     }
-    for name, rows in parts.items():
-        writer.append(name, rows)
+    together([partial(writer.append, name, rows) for name, rows in parts.items()])
 
 
 def write_levels(writer: Writer, levels: Sequence[Level], fanout: int, progress: Progress = no_progress) -> None:

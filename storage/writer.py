@@ -8,7 +8,8 @@ and put in anew when it changes. It is there to notice damage, not to withstand 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from treemem.storage.schema import ArraySpec, create_array
 
 Rows = np.ndarray
 _MODULUS = 1 << 256
+_THREADS = 8
 _AT_ONCE = 16  # storage chunks that are read or written together
 
 
@@ -115,6 +117,17 @@ class Writer:
             array[begin:size] = rest[: size - begin]
             total += _leaf(begin // step, rest[: size - begin])
         self.digests[path] = _told(total)
+
+
+def together(calls: Sequence[Callable[[], object]]) -> None:
+    """Make calls that write different arrays at once: most of their time they wait for the storage."""
+    if len(calls) < 2:
+        for call in calls:
+            call()
+        return
+    with ThreadPoolExecutor(min(_THREADS, len(calls))) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
 
 
 def digest_of(array: Any, read: Callable[[int, int], Rows] | None = None) -> int:

@@ -43,11 +43,14 @@ ASK = {
 INFO = {
     "path": str,
     "documents": int,
+    "masked": int,
     "chunks": int,
     "levels": [int],
     "encoder": str,
     "dimension": int,
     "snapshot": str,
+    "branch": str | None,
+    "edited": float,
     "format": int,
     "config": {"chunk_tokens": int, "fanout": int, "spill": int, "alpha": NUMBER, "seed": int, "language": str},
     "trained": str | None,
@@ -154,7 +157,7 @@ def test_ask_where_nothing_is_found(run: Run, small_memory_path: Path) -> None:
 def test_info(run: Run, small_memory_path: Path) -> None:
     done = run("info", small_memory_path, "--json")
     assert (done.code, done.err) == (0, "")
-    check(one_document(done.out), INFO)
+    check(one_document(done.out), {**INFO, "advice": str | None})
 
 
 def test_build(run: Run, tmp_path: Path, folder: Path) -> None:

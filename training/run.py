@@ -86,6 +86,8 @@ def train_memory(
 ) -> TrainReport:
     """Train a memory's hierarchy; a new snapshot is made only if held-out questions are found better than before.
 
+    What was edited since the tree was grown is compacted first.
+
     Args:
         memory: finished; whoever holds it open goes on searching the old snapshot.
         questions: labelled ones. Without any the memory's own headings and distilled exact search train the levels
@@ -110,6 +112,7 @@ def train_memory(
         MissingPackage: wandb is asked for and not installed.
     """
     begin = time.monotonic()
+    memory.dense(progress)
     config = config or TrainConfig()
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     folder = memory.store.path / "training" / (f"rank-{rank}" if rank else "")

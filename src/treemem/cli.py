@@ -39,7 +39,7 @@ out = Console()
 err = Console(stderr=True)
 _debug = False
 
-MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory.")]
+MemoryPath = Annotated[str, typer.Argument(metavar="MEMORY", help="Folder of the memory, or s3://bucket/prefix.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
 ModeOption = Annotated[
     str, typer.Option("--mode", help="hybrid, deep, walk, exact, bm25, exact+bm25 or auto: see the documentation.")
@@ -74,6 +74,7 @@ def main() -> None:
         sys.stdout.flush()  # here, where a closed pipe is still noticed
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
+        sys.exit(code or 0)
     except TreememError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):

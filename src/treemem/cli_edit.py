@@ -126,9 +126,10 @@ def history(memory: MemoryPath, at: At = None, as_json: AsJson = False) -> None:
     """The snapshots of a memory, newest first."""
     from treemem.storage.history import history as snapshots
     from treemem.storage.history import resolve
+    from treemem.storage.remote import local_side
     from treemem.storage.store import MAIN, Store
 
-    store = Store.open(memory)
+    store = Store.open(local_side(memory))
     store.require_finished()
     found = list(snapshots(resolve(store, at or MAIN)))
     if as_json:
@@ -151,9 +152,10 @@ def diff(
     """How the documents of two snapshots differ."""
     from treemem.storage.history import diff as difference
     from treemem.storage.history import resolve
+    from treemem.storage.remote import local_side
     from treemem.storage.store import Store
 
-    store = Store.open(memory)
+    store = Store.open(local_side(memory))
     store.require_finished()
     found = difference(resolve(store, before), resolve(store, after)).to_json()
     if as_json:
@@ -213,9 +215,10 @@ def tag(
 
 def _names(memory: MemoryPath, name: str | None, at: str | None, delete: bool, as_json: bool, kind: str) -> None:
     from treemem.storage import history as past
+    from treemem.storage.remote import local_side
     from treemem.storage.store import MAIN, Store
 
-    store = Store.open(memory)
+    store = Store.open(local_side(memory))
     store.require_finished()
     if name is not None and delete:
         past.delete(store, name)
@@ -242,10 +245,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare all that is stored with what it is made of; exit code 1 where something is wrong."""
-    from treemem import Memory
+    from treemem.hierarchy.memory import verify_memory
 
     with progress_of(as_json) as progress:
-        found = Memory.open(memory, at=at, progress=progress).verify(document, progress)
+        found = verify_memory(memory, document, at=at, progress=progress)
     if as_json:
         print_json(found.to_json())
     else:

@@ -7,6 +7,7 @@
     │   ├── NotAMemory        there is no memory at this path
     │   ├── NewerFormat       the memory was written by a later treemem
     │   ├── UnfinishedMemory  its build was interrupted; building again continues it
+    │   ├── Conflict          another process has committed to the same branch meanwhile
     │   ├── DamagedMemory     stored data fails its checks
     │   └── OutOfSpace        the disk is full
     ├── ModelError            a model cannot be loaded or gives unusable output
@@ -44,6 +45,10 @@ class NewerFormat(StoreError):
 
 class UnfinishedMemory(StoreError):
     """The build of this memory was interrupted."""
+
+
+class Conflict(StoreError):
+    """Another process has committed to the same branch meanwhile."""
 
 
 class DamagedMemory(StoreError):
