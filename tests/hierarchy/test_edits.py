@@ -280,6 +280,20 @@ def test_compacting(memory: Memory) -> None:
     assert hits(memory) == before
 
 
+def test_numbers_without_gaps(memory: Memory) -> None:
+    before = memory.store.snapshot
+    memory.dense()
+    assert memory.store.snapshot == before
+    memory.remove([DOCUMENTS[4].id])
+    memory.dense()
+    assert memory.image.fresh
+    assert memory.image.documents == 59
+    assert memory.history()[0].message == "compact before training"
+    after = memory.store.snapshot
+    memory.dense()
+    assert memory.store.snapshot == after
+
+
 def test_a_tree_grows_and_shrinks_with_what_is_in_it(tmp_path: Path) -> None:
     memory = built(tmp_path / "m", DOCUMENTS[:1])
     depths = [memory.image.tree.depth]

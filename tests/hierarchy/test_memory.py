@@ -16,7 +16,7 @@ import zstandard
 from tests.small import AWKWARD, CONFIG, documents
 
 import treemem
-from treemem.config import SearchConfig, TreeConfig
+from treemem.config import FORMAT_VERSION, SearchConfig, TreeConfig
 from treemem.errors import InputError, NotAMemory, StoreError, UnknownModel, UnreadableInput
 from treemem.hierarchy import memory as module
 from treemem.hierarchy.embed import Encoder
@@ -215,7 +215,7 @@ def test_info(small_memory: Memory, small_memory_path: Path) -> None:
     assert info.path == str(small_memory_path)
     assert info.documents == len(documents())
     assert info.chunks == info.levels[-1] == small_memory.image.chunks
-    assert (info.encoder, info.dimension, info.config, info.format) == ("minilm", 384, CONFIG, 1)
+    assert (info.encoder, info.dimension, info.config, info.format) == ("minilm", 384, CONFIG, FORMAT_VERSION)
     assert info.store_bytes > 0
     assert info.image_bytes > info.chunks * 384
 

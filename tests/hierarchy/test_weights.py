@@ -102,6 +102,23 @@ def test_the_image_that_is_made_again_is_the_same(tmp_path: Path) -> None:
     assert hits(again, "hybrid") == found
 
 
+def test_a_trained_memory_is_edited_with_what_it_learned(tmp_path: Path) -> None:
+    weights = hierarchy(trained=0.3)
+    given = documents(80)
+    edited = Memory.build(given[:60], tmp_path / "m", encoder=FakeEncoder(), config=CONFIG, hierarchy=weights)
+    edited.add(given[60:])
+    edited.remove([own.id for own in given[:10]])
+    assert edited.verify().faults == []
+    assert edited.verify("doc-70").faults == []
+    at_once = Memory.build(given[10:], tmp_path / "o", encoder=FakeEncoder(), config=CONFIG, hierarchy=weights)
+    one, other = (
+        [(hit.document.id, hit.score) for hit in own.search("harbour item3", mode="exact")] for own in (edited, at_once)
+    )
+    assert one == other  # every chunk has the vector that it has in a memory built of these documents alone
+    untrained = Memory.build(given[10:], tmp_path / "u", encoder=FakeEncoder(), config=CONFIG, hierarchy=None)
+    assert [(hit.document.id, hit.score) for hit in untrained.search("harbour item3", mode="exact")] != one
+
+
 def test_what_was_learned_can_stand_for_another_memory(tmp_path: Path) -> None:
     weights = hierarchy(trained=0.1)
     other = Memory.build(documents(9, seed=4), tmp_path / "o", encoder=FakeEncoder(), config=CONFIG, hierarchy=weights)
