@@ -33,7 +33,7 @@ from treemem.storage.files import is_work
 from treemem.storage.history import Difference, Snapshot
 from treemem.storage.image import Image, image_folder
 from treemem.storage.schema import MASKED, PRESENT, REMOVED
-from treemem.storage.store import MAIN, Store, StoreInfo
+from treemem.storage.store import MAIN, Store, StoreInfo, guard
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
 
 COMPACT_FROM = 0.5
@@ -42,6 +42,8 @@ LOCK_SECONDS = 10.0
 """How long an edit waits for another process to end its own."""
 IMAGES_KEPT = 4
 """How many serving images of snapshots that nothing is at any more stay, for those who open them soon."""
+_FORGETTING = "forgetting"
+"""A file that is there while what was forgotten is removed from the disk."""
 ASK_HITS = 10
 """From how many chunks the passages of an answer are made."""
 
@@ -438,21 +440,26 @@ class Memory:
         """Remove documents for good: from every branch, and every older snapshot goes with its bytes.
 
         Tags of snapshots that hold them are deleted. Who has an older snapshot open may read it until they close it.
+        Documents that were removed before are forgotten, too, and where this was interrupted, it is done to its end.
 
         Raises:
-            InputError: no branch holds one of them.
+            InputError: no branch, tag or older snapshot holds one of them.
             StoreError: another process is writing this memory.
         """
         wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
         if where is not None:
             wanted += [own for own in self.ids(where) if own not in wanted]
-        if not wanted:
+        begun = self.store.path / _FORGETTING
+        if not wanted and not begun.exists():
             return Forgotten((), (), (), 0)
         with self._writing():
             held = past.holding(self.store, wanted)
             missing = [own for own in wanted if not any(own in there for there in held.values())]
-            if missing:
-                raise InputError(f"document {missing[0]!r} is in no branch or tag of {self.store.path}")
+            if missing and not begun.exists():
+                older = past.remembered(self.store, missing)
+                for own in missing:
+                    if own not in older:
+                        raise InputError(f"document {own!r} is in no branch or tag of {self.store.path}")
             branches = past.branches(self.store)
             tags = tuple(name for name in held if name not in branches)
             for name in tags:
@@ -462,8 +469,13 @@ class Memory:
                     other = Memory.open(self.store.path, at=name, encoder=self._encoder, progress=progress)
                     other._removed_from_here(held[name], message, progress)
             self._removed_from_here(held.get(str(self.store.branch), set()), message, progress)
+            # Bytes may be left where this is interrupted, and no snapshot then that tells of what: a file does.
+            with guard(self.store.path):
+                begun.touch()
             snapshots, collected = past.expire(self.store)
             self._drop_images(progress)
+            with guard(self.store.path):
+                begun.unlink()
         return Forgotten(tuple(wanted), tuple(snapshots), tags, collected)
 
     def _removed_from_here(self, ids: Iterable[str], message: str | None, progress: Progress) -> None:

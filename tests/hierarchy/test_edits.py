@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import icechunk
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -409,6 +410,38 @@ def test_what_is_forgotten_is_nowhere(memory: Memory) -> None:
             assert b"zebedee" not in data, file
     with pytest.raises(InputError, match="in no branch or tag"):
         memory.forget(["secret"])
+
+
+def test_what_was_removed_before_can_be_forgotten(memory: Memory) -> None:
+    """Older snapshots hold it still, even those that nothing leads to since the branch was put back."""
+    first = memory.store.snapshot
+    memory.add([Document("secret", "The quokka Zebedee hides under the veranda.")])
+    memory.rollback(first)
+    with pytest.raises(InputError, match="in no branch or tag"):
+        memory.forget(["secret", "nobody"])
+    assert memory.forget(["secret"]).bytes > 0
+    memory.remove([DOCUMENTS[0].id])
+    assert memory.forget([DOCUMENTS[0].id]).bytes > 0
+    with pytest.raises(InputError, match="in no branch or tag"):
+        memory.forget([DOCUMENTS[0].id])
+    sound(memory)
+
+
+@pytest.mark.parametrize("moment", ["expire_snapshots", "garbage_collect"])
+def test_forgetting_that_was_interrupted_is_done_to_its_end(
+    memory: Memory, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(icechunk.Repository, moment, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            memory.forget([DOCUMENTS[0].id])
+    again = Memory.open(memory.store.path, encoder=ENCODER)
+    before = len(list((again.store.path / "store" / "chunks").iterdir()))
+    assert again.forget([DOCUMENTS[0].id]).bytes > 0
+    assert len(list((again.store.path / "store" / "chunks").iterdir())) < before
+    assert len(list((again.store.path / "cache").iterdir())) == 1
+    with pytest.raises(InputError, match="in no branch or tag"):
+        again.forget([DOCUMENTS[0].id])
 
 
 def test_the_first_edit_makes_the_vectors_that_later_ones_use(memory: Memory) -> None:
