@@ -108,6 +108,7 @@ class Memory:
         self._encoder: Encoder | None = None
         self._hierarchy: Hierarchy | None = None
         self._searcher: Searcher | None = None
+        self._masked_for_a_while = 0
         self._models: dict[tuple[str, str | None], LanguageModel | None] = {}
         # Threads that come first together load a thing once.
         self._lock = threading.RLock()
@@ -513,16 +514,21 @@ class Memory:
 
     @contextmanager
     def masked(self, ids: Iterable[str] = (), *, where: str | None = None) -> Iterator[Memory]:
-        """Hide documents from this memory's searches and answers inside a `with`; nothing is written."""
+        """Hide documents from this memory's searches and answers inside a `with`, where it cannot be edited.
+
+        Nothing is written.
+        """
         image = copy.copy(self.image)
         for derived in ("hidden", "visible"):
             image.__dict__.pop(derived, None)
         image.status = masked_status(image, self._chosen(ids, where), MASKED)
         before = self.image
         self._swap(image, kept=True)
+        self._masked_for_a_while += 1
         try:
             yield self
         finally:
+            self._masked_for_a_while -= 1
             self._swap(before, kept=True)
 
     def compact(self, *, message: str | None = None, progress: Progress = no_progress) -> EditReport:
@@ -543,6 +549,8 @@ class Memory:
             raise StoreError(
                 f"{self.store.path}: opened at a snapshot of the past, which stays as it is; open a branch to edit it"
             )
+        if self._masked_for_a_while:  # an edit would write down what is hidden
+            raise StoreError(f"{self.store.path}: documents are masked for a while; edit it when they are no longer")
         with alone(self.store.path, wait=LOCK_SECONDS):
             self.refresh()
             yield

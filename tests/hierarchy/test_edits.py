@@ -244,6 +244,16 @@ def test_masked_for_a_while(memory: Memory) -> None:
     assert memory.store.snapshot == before
 
 
+def test_what_is_masked_for_a_while_is_never_written(memory: Memory) -> None:
+    with memory.masked([DOCUMENTS[9].id]):
+        for edit in (lambda: memory.add(DOCUMENTS[60:61]), lambda: memory.mask([DOCUMENTS[8].id]), memory.compact):
+            with pytest.raises(StoreError, match="masked for a while"):
+                edit()
+    memory.add(DOCUMENTS[60:61])
+    assert memory.info().masked == 0
+    assert DOCUMENTS[60].id in memory.ids()
+
+
 def test_labels_and_passages_know_nothing_of_what_is_masked(memory: Memory) -> None:
     """Only one document holds the word; the label of its node and the passages must not."""
     odd = Document("odd", "The xylophonist plays xylophone music on a xylophone. Xylophones are xylophones.")
