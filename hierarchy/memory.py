@@ -287,11 +287,19 @@ class Memory:
     ) -> list[SearchResult]:
         """Search for several queries, which are encoded together; see `search`."""
         config = config or SearchConfig()
-        within = self._restricted(within, where)
+        here = self._as_it_is(encoder=config.mode != "bm25")
+        within = here._restricted(within, where)
         if config.mode == "bm25":  # needs no encoder, so none is loaded
-            tokens, language = self._info.config.chunk_tokens, self._info.config.language
-            return Searcher(self.image, None, tokens, language).search(queries, config, within)
-        return self.searcher.search(queries, config, within)
+            tokens, language = here._info.config.chunk_tokens, here._info.config.language
+            return Searcher(here.image, None, tokens, language).search(queries, config, within)
+        return here.searcher.search(queries, config, within)
+
+    def _as_it_is(self, *, encoder: bool) -> Memory:
+        """This memory at its snapshot, for what reads it more than once while another thread edits it."""
+        with self._lock:
+            if encoder:
+                _ = self.searcher
+            return copy.copy(self)
 
     def language_model(
         self, name: str = DEFAULT_LANGUAGE_MODEL, *, url: str | None = None, progress: Progress = no_progress
@@ -341,22 +349,25 @@ class Memory:
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)
         search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
-        return ask(self, question, llm, search, config, self._restricted(within, where), on_text)
+        here = self._as_it_is(encoder=True)
+        return ask(here, question, llm, search, config, here._restricted(within, where), on_text)
 
     def document(self, document_id: str) -> Document:
         """A whole document.
 
         Raises InputError where the memory does not hold it.
         """
-        number = self.image.number_of(document_id)
+        image = self.image
+        number = image.number_of(document_id)
         if number is None:
             raise InputError(f"document {document_id!r} is not in {self.store.path}")
-        return self.image.document(number)
+        return image.document(number)
 
     def ids(self, where: str | None = None) -> list[str]:
         """The ids of the documents, masked ones included, or of those whose metadata meet a condition."""
         holds = condition(where) if where is not None else None
-        records = (self.image.record(n) for n in np.flatnonzero(self.image.status != REMOVED).tolist())
+        image = self.image
+        records = (image.record(n) for n in np.flatnonzero(image.status != REMOVED).tolist())
         return [record["id"] for record in records if holds is None or holds(record)]
 
     def _restricted(self, within: Iterable[str] | None, where: str | None) -> Iterable[str] | None:

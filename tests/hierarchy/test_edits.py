@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from treemem.errors import InputError, StoreError
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
 from treemem.storage.follow import VECTORS
+from treemem.storage.image import Image
 from treemem.types import Document
 
 CONFIG = TreeConfig(chunk_tokens=40, fanout=6)
@@ -334,6 +335,40 @@ def test_two_that_write_at_once_take_turns(memory: Memory) -> None:
     assert memory.refresh()
     assert not memory.refresh()
     assert sorted(memory.ids()) == sorted(own.id for own in DOCUMENTS[:64])
+
+
+def test_what_has_begun_is_read_from_one_snapshot(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread removes and compacts, after which numbers mean other documents, in the middle of each call."""
+    last = DOCUMENTS[59]
+
+    def edited_after(owner: Any, name: str, gone: Document, call: Callable[[], Any]) -> Any:
+        original = getattr(owner, name)
+        edits_left = [gone]
+
+        def then(*given: Any, **options: Any) -> Any:
+            out = original(*given, **options)
+            if edits_left:
+                own = edits_left.pop()
+                monkeypatch.setattr(owner, name, original)
+                memory.remove([own.id])
+                memory.compact()
+            return out
+
+        monkeypatch.setattr(owner, name, then)
+        result = call()
+        assert not edits_left
+        return result
+
+    assert edited_after(Image, "number_of", DOCUMENTS[0], lambda: memory.document(last.id)) == last
+    ids = edited_after(Image, "record", DOCUMENTS[1], memory.ids)
+    assert ids == [own.id for own in DOCUMENTS[1:60]]
+    query = DOCUMENTS[2].text[:90]
+    hits = edited_after(Image, "record", DOCUMENTS[2], lambda: memory.search(query, where="number < 9")).hits
+    assert hits[0].document.id == DOCUMENTS[2].id
+    asked = edited_after(Memory, "search_many", DOCUMENTS[3], lambda: memory.ask(last.text[:60], llm=None))
+    for passage in asked.context.passages:
+        start, end = passage.span
+        assert passage.text == next(own for own in DOCUMENTS if own.id == passage.document.id).text[start:end]
 
 
 def test_a_locked_memory_says_so(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
