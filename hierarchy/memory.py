@@ -36,7 +36,7 @@ from treemem.storage.history import Difference, Snapshot
 from treemem.storage.image import Image, image_folder
 from treemem.storage.remote import local_side
 from treemem.storage.schema import MASKED, PRESENT, REMOVED
-from treemem.storage.store import MAIN, Store, StoreInfo
+from treemem.storage.store import MAIN, Store, StoreInfo, guard
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
 
 TRIES = 4
@@ -47,10 +47,11 @@ LOCK_SECONDS = 10.0
 """How long an edit waits for another process to end its own."""
 IMAGES_KEPT = 4
 """How many serving images of snapshots that nothing is at any more stay, for those who open them soon."""
-_Edit = TypeVar("_Edit", bound=Callable[..., Any])
-
+_FORGETTING = "forgetting"
+"""A file that is there while what was forgotten is removed from the disk."""
 ASK_HITS = 10
 """From how many chunks the passages of an answer are made."""
+_Edit = TypeVar("_Edit", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Memory:
         self._encoder: Encoder | None = None
         self._hierarchy: Hierarchy | None = None
         self._searcher: Searcher | None = None
+        self._masked_for_a_while = 0
         self._models: dict[tuple[str, str | None], LanguageModel | None] = {}
         # Threads that come first together load a thing once.
         self._lock = threading.RLock()
@@ -306,11 +308,19 @@ class Memory:
     ) -> list[SearchResult]:
         """Search for several queries, which are encoded together; see `search`."""
         config = config or SearchConfig()
-        within = self._restricted(within, where)
+        here = self._as_it_is(encoder=config.mode != "bm25")
+        within = here._restricted(within, where)
         if config.mode == "bm25":  # needs no encoder, so none is loaded
-            tokens, language = self._info.config.chunk_tokens, self._info.config.language
-            return Searcher(self.image, None, tokens, language).search(queries, config, within)
-        return self.searcher.search(queries, config, within)
+            tokens, language = here._info.config.chunk_tokens, here._info.config.language
+            return Searcher(here.image, None, tokens, language).search(queries, config, within)
+        return here.searcher.search(queries, config, within)
+
+    def _as_it_is(self, *, encoder: bool) -> Memory:
+        """This memory at its snapshot, for what reads it more than once while another thread edits it."""
+        with self._lock:
+            if encoder:
+                _ = self.searcher
+            return copy.copy(self)
 
     def language_model(
         self, name: str = DEFAULT_LANGUAGE_MODEL, *, url: str | None = None, progress: Progress = no_progress
@@ -360,22 +370,25 @@ class Memory:
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)
         search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
-        return ask(self, question, llm, search, config, self._restricted(within, where), on_text)
+        here = self._as_it_is(encoder=True)
+        return ask(here, question, llm, search, config, here._restricted(within, where), on_text)
 
     def document(self, document_id: str) -> Document:
         """A whole document.
 
         Raises InputError where the memory does not hold it.
         """
-        number = self.image.number_of(document_id)
+        image = self.image
+        number = image.number_of(document_id)
         if number is None:
             raise InputError(f"document {document_id!r} is not in {self.store.name}")
-        return self.image.document(number)
+        return image.document(number)
 
     def ids(self, where: str | None = None) -> list[str]:
         """The ids of the documents, masked ones included, or of those whose metadata meet a condition."""
         holds = condition(where) if where is not None else None
-        records = (self.image.record(n) for n in np.flatnonzero(self.image.status != REMOVED).tolist())
+        image = self.image
+        records = (image.record(n) for n in np.flatnonzero(image.status != REMOVED).tolist())
         return [record["id"] for record in records if holds is None or holds(record)]
 
     def _restricted(self, within: Iterable[str] | None, where: str | None) -> Iterable[str] | None:
@@ -467,21 +480,26 @@ class Memory:
         """Remove documents for good: from every branch, and every older snapshot goes with its bytes.
 
         Tags of snapshots that hold them are deleted. Who has an older snapshot open may read it until they close it.
+        Documents that were removed before are forgotten, too, and where this was interrupted, it is done to its end.
 
         Raises:
-            InputError: no branch holds one of them.
+            InputError: no branch, tag or older snapshot holds one of them.
             StoreError: another process is writing this memory.
         """
         wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
         if where is not None:
             wanted += [own for own in self.ids(where) if own not in wanted]
-        if not wanted:
+        begun = self.store.path / _FORGETTING
+        if not wanted and not begun.exists():
             return Forgotten((), (), (), 0)
         with self._writing():
             held = past.holding(self.store, wanted)
             missing = [own for own in wanted if not any(own in there for there in held.values())]
-            if missing:
-                raise InputError(f"document {missing[0]!r} is in no branch or tag of {self.store.name}")
+            if missing and not begun.exists():
+                older = past.remembered(self.store, missing)
+                for own in missing:
+                    if own not in older:
+                        raise InputError(f"document {own!r} is in no branch or tag of {self.store.name}")
             branches = past.branches(self.store)
             tags = tuple(name for name in held if name not in branches)
             for name in tags:
@@ -491,8 +509,13 @@ class Memory:
                     other = Memory.open(self.store.path, at=name, encoder=self._encoder, progress=progress)
                     other._removed_from_here(held[name], message, progress)
             self._removed_from_here(held.get(str(self.store.branch), set()), message, progress)
+            # Bytes may be left where this is interrupted, and no snapshot then that tells of what: a file does.
+            with guard(self.store.path):
+                begun.touch()
             snapshots, collected = past.expire(self.store)
             self._drop_images(progress)
+            with guard(self.store.path):
+                begun.unlink()
         return Forgotten(tuple(wanted), tuple(snapshots), tags, collected)
 
     def _removed_from_here(self, ids: Iterable[str], message: str | None, progress: Progress) -> None:
@@ -531,16 +554,21 @@ class Memory:
 
     @contextmanager
     def masked(self, ids: Iterable[str] = (), *, where: str | None = None) -> Iterator[Memory]:
-        """Hide documents from this memory's searches and answers inside a `with`; nothing is written."""
+        """Hide documents from this memory's searches and answers inside a `with`, where it cannot be edited.
+
+        Nothing is written.
+        """
         image = copy.copy(self.image)
         for derived in ("hidden", "visible"):
             image.__dict__.pop(derived, None)
         image.status = masked_status(image, self._chosen(ids, where), MASKED)
         before = self.image
         self._swap(image, kept=True)
+        self._masked_for_a_while += 1
         try:
             yield self
         finally:
+            self._masked_for_a_while -= 1
             self._swap(before, kept=True)
 
     @_retried
@@ -576,6 +604,8 @@ class Memory:
             raise StoreError(
                 f"{self.store.name}: opened at a snapshot of the past, which stays as it is; open a branch to edit it"
             )
+        if self._masked_for_a_while:  # an edit would write down what is hidden
+            raise StoreError(f"{self.store.name}: documents are masked for a while; edit it when they are no longer")
         with alone(self.store.path, wait=LOCK_SECONDS):
             self.refresh()
             yield

@@ -12,7 +12,7 @@ from typing import Any
 
 import icechunk
 
-from treemem.errors import InputError, StoreError
+from treemem.errors import DamagedMemory, InputError, StoreError
 from treemem.storage.schema import MASKED, REMOVED
 from treemem.storage.store import BUILD, MAIN, Store, guard
 
@@ -225,6 +225,19 @@ def holding(store: Store, ids: Sequence[str]) -> dict[str, set[str]]:
         if held:
             out[name] = held
     return out
+
+
+def remembered(store: Store, ids: Sequence[str]) -> set[str]:
+    """Which of some documents a snapshot holds, those included that nothing leads to any more."""
+    wanted = set(ids)
+    names = _reachable(store)
+    with guard(store.path), suppress(FileNotFoundError):  # a remote one is asked for what its history leads to
+        names |= {file.name for file in (store.path / "store" / "snapshots").iterdir()}
+    found: set[str] = set()
+    for name in sorted(names):
+        with suppress(DamagedMemory):  # the empty snapshot that all begin with
+            found |= wanted & _contents(store.at(name)).keys()
+    return found
 
 
 def expire(store: Store) -> tuple[list[str], int]:

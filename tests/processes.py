@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """What a child is to do: a build of `tests.fakes.documents`, or a command."""
+    """What a child is to do: a build of `tests.fakes.documents`, a function, or a command."""
 
     path: str = ""
     """Where the memory is built."""
@@ -35,6 +35,11 @@ class Job:
     """module:attribute of a function at whose call the child kills itself …"""
     nth: int = 1
     """… the n-th time."""
+    die_after: int = 0
+    """After how many calls in treemem and the storage libraries the child kills itself; -1: it prints how many."""
+    call: str = ""
+    """module:function that is called with `given` instead of a build."""
+    given: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     """A command instead of a build."""
     encoder_command: bool = False
@@ -152,6 +157,25 @@ def _die_at(where: str, nth: int) -> None:
     setattr(owner, name, dying)
 
 
+def _count_calls(last: int) -> Callable[[], int]:
+    """Kill this process at the call with this number; other processes that do the same reach the same place."""
+    import threading
+
+    counted = ("/treemem/", "/zarr/", "/icechunk/")
+    calls = 0
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        nonlocal calls
+        if event in ("call", "c_call") and any(part in frame.f_code.co_filename for part in counted):
+            calls += 1
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+    return lambda: calls
+
+
 def _build(job: Job, loaded: Any) -> None:
     from tests.fakes import FakeEncoder, documents
 
@@ -178,6 +202,16 @@ def _child(job: Job, loaded: Any) -> None:
         _give_up_rights()
     if job.die_at:
         _die_at(job.die_at, job.nth)
+    if job.call:
+        import importlib
+
+        module, _, name = job.call.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        counted = _count_calls(job.die_after) if job.die_after else None
+        function(*job.given)
+        if counted is not None:
+            print(counted())
+        return
     if not job.arguments:
         _build(job, loaded)
         return
@@ -187,20 +221,44 @@ def _child(job: Job, loaded: Any) -> None:
     main()
 
 
+def _warm() -> None:
+    """Load what is compiled, which takes longer than most that children do."""
+    import numpy as np
+    from tests.kernels.trees import random_index, random_queries, random_tree, random_words
+
+    from treemem.kernels import back_end, quantise
+
+    generator, kernels = np.random.default_rng(0), back_end()
+    tree = random_tree(generator, 40, dimension=32)
+    queries = random_queries(generator, tree, 1)
+    for words in (None, random_words(generator, tree, 1)):
+        kernels.search(tree, queries, 4, 4, words=words)
+    kernels.exact(tree, queries[0], 4)
+    index = random_index(generator, 40)
+    terms = np.arange(4, dtype=np.int32)
+    kernels.bm25_scores(index, terms, np.ones(4, np.float32), terms)
+    square = generator.standard_normal((32, 32)).astype(np.float32)
+    kernels.project(square[0], *quantise(square), queries[0, 0])
+
+
 def _serve() -> None:
     import torch
 
     import treemem.cli
-    import treemem.hierarchy.memory  # noqa: F401 - all that children need is imported once
+    import treemem.hierarchy.memory  # all that children need is imported once
+    import treemem.kernels.cpu  # noqa: F401
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    loaded = None
+    loaded, warm = None, False
     while line := sys.stdin.readline():
         job = Job(**json.loads(line))
         if loaded is None and (job.encoder == "minilm" or job.encoder_command):
             from treemem.hierarchy.embed import load_encoder
 
             loaded = load_encoder()
+        if job.call and not warm:
+            _warm()
+            warm = True
         child = os.fork()
         if child == 0:
             code = 0

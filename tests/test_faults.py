@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests import faults
 from tests.fakes import FakeEncoder, documents, stored_arrays
+from tests.faults import resize, used
 from tests.processes import ROOT, Forks, Job
 
 from treemem.config import TreeConfig
@@ -88,7 +90,7 @@ MOMENTS = {
     "while the repository is made": "icechunk:Repository.create_branch",
     "before the first commit": "icechunk:Session.commit",
     "when the repository is put in place": "treemem.storage.store:os.replace",
-    "in the middle of a batch": "zarr:Array.append",
+    "in the middle of a batch": "treemem.storage.writer:Writer.append",
     "before the vectors of level 1": "treemem.hierarchy.build:contextual_file",
     "while growing": "treemem.hierarchy.grow:_seat",
     "before the nodes are committed": "treemem.storage.store:Store.finish",
@@ -96,7 +98,7 @@ MOMENTS = {
     "while it is made visible": "icechunk:Repository.delete_branch",
     "before the image": "treemem.hierarchy.build:build_image",
     "in the middle of the image": "treemem.storage.image:build_lexical",
-    "when the image is put in place": "treemem.storage.image:_replace",
+    "when the image is put in place": "treemem.storage.image:replace_folder",
 }
 
 
@@ -238,26 +240,10 @@ def test_a_damaged_memory_as_a_user_meets_it(tmp_path: Path, whole: Path) -> Non
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system whose size can be changed, by `resize`."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("needs the command mount")
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def resize(folder: Path, kilobytes: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(folder)], check=True, capture_output=True)
-
-
-def used(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
+    with faults.small_disk(tmp_path / "disk") as reason:
+        if reason:
+            pytest.skip(reason)
+        yield tmp_path / "disk"
 
 
 def test_a_disk_that_fills_at_every_stage(tmp_path: Path, forks: Forks, small_disk: Path) -> None:

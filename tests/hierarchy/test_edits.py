@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import icechunk
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +21,7 @@ from treemem.errors import InputError, StoreError
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
 from treemem.storage.follow import VECTORS
+from treemem.storage.image import Image
 from treemem.types import Document
 
 CONFIG = TreeConfig(chunk_tokens=40, fanout=6)
@@ -243,6 +245,16 @@ def test_masked_for_a_while(memory: Memory) -> None:
     assert memory.store.snapshot == before
 
 
+def test_what_is_masked_for_a_while_is_never_written(memory: Memory) -> None:
+    with memory.masked([DOCUMENTS[9].id]):
+        for edit in (lambda: memory.add(DOCUMENTS[60:61]), lambda: memory.mask([DOCUMENTS[8].id]), memory.compact):
+            with pytest.raises(StoreError, match="masked for a while"):
+                edit()
+    memory.add(DOCUMENTS[60:61])
+    assert memory.info().masked == 0
+    assert DOCUMENTS[60].id in memory.ids()
+
+
 def test_labels_and_passages_know_nothing_of_what_is_masked(memory: Memory) -> None:
     """Only one document holds the word; the label of its node and the passages must not."""
     odd = Document("odd", "The xylophonist plays xylophone music on a xylophone. Xylophones are xylophones.")
@@ -339,6 +351,40 @@ def test_two_that_write_at_once_take_turns(memory: Memory) -> None:
     assert sorted(memory.ids()) == sorted(own.id for own in DOCUMENTS[:64])
 
 
+def test_what_has_begun_is_read_from_one_snapshot(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread removes and compacts, after which numbers mean other documents, in the middle of each call."""
+    last = DOCUMENTS[59]
+
+    def edited_after(owner: Any, name: str, gone: Document, call: Callable[[], Any]) -> Any:
+        original = getattr(owner, name)
+        edits_left = [gone]
+
+        def then(*given: Any, **options: Any) -> Any:
+            out = original(*given, **options)
+            if edits_left:
+                own = edits_left.pop()
+                monkeypatch.setattr(owner, name, original)
+                memory.remove([own.id])
+                memory.compact()
+            return out
+
+        monkeypatch.setattr(owner, name, then)
+        result = call()
+        assert not edits_left
+        return result
+
+    assert edited_after(Image, "number_of", DOCUMENTS[0], lambda: memory.document(last.id)) == last
+    ids = edited_after(Image, "record", DOCUMENTS[1], memory.ids)
+    assert ids == [own.id for own in DOCUMENTS[1:60]]
+    query = DOCUMENTS[2].text[:90]
+    hits = edited_after(Image, "record", DOCUMENTS[2], lambda: memory.search(query, where="number < 9")).hits
+    assert hits[0].document.id == DOCUMENTS[2].id
+    asked = edited_after(Memory, "search_many", DOCUMENTS[3], lambda: memory.ask(last.text[:60], llm=None))
+    for passage in asked.context.passages:
+        start, end = passage.span
+        assert passage.text == next(own for own in DOCUMENTS if own.id == passage.document.id).text[start:end]
+
+
 def test_a_locked_memory_says_so(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     from treemem.hierarchy import memory as module
     from treemem.hierarchy.build import alone
@@ -423,6 +469,38 @@ def test_what_is_forgotten_is_nowhere(memory: Memory) -> None:
             assert b"zebedee" not in data, file
     with pytest.raises(InputError, match="in no branch or tag"):
         memory.forget(["secret"])
+
+
+def test_what_was_removed_before_can_be_forgotten(memory: Memory) -> None:
+    """Older snapshots hold it still, even those that nothing leads to since the branch was put back."""
+    first = memory.store.snapshot
+    memory.add([Document("secret", "The quokka Zebedee hides under the veranda.")])
+    memory.rollback(first)
+    with pytest.raises(InputError, match="in no branch or tag"):
+        memory.forget(["secret", "nobody"])
+    assert memory.forget(["secret"]).bytes > 0
+    memory.remove([DOCUMENTS[0].id])
+    assert memory.forget([DOCUMENTS[0].id]).bytes > 0
+    with pytest.raises(InputError, match="in no branch or tag"):
+        memory.forget([DOCUMENTS[0].id])
+    sound(memory)
+
+
+@pytest.mark.parametrize("moment", ["expire_snapshots", "garbage_collect"])
+def test_forgetting_that_was_interrupted_is_done_to_its_end(
+    memory: Memory, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(icechunk.Repository, moment, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            memory.forget([DOCUMENTS[0].id])
+    again = Memory.open(memory.store.path, encoder=ENCODER)
+    before = len(list((again.store.path / "store" / "chunks").iterdir()))
+    assert again.forget([DOCUMENTS[0].id]).bytes > 0
+    assert len(list((again.store.path / "store" / "chunks").iterdir())) < before
+    assert len(list((again.store.path / "cache").iterdir())) == 1
+    with pytest.raises(InputError, match="in no branch or tag"):
+        again.forget([DOCUMENTS[0].id])
 
 
 def test_the_first_edit_makes_the_vectors_that_later_ones_use(memory: Memory) -> None:
