@@ -27,9 +27,7 @@ SLACK = 1.25
 CANDIDATES = 32
 """Nearest nodes that an element asks for a place, nearest first."""
 TWO_STAGE_NODES = 4096
-"""From this many nodes on, k-means first splits the elements into about sqrt(nodes) cells, or more."""
-CELL_NODES = 150
-"""Most nodes of a cell on average: what is done inside cells then takes as long per element in every memory."""
+"""From this many nodes on, k-means first splits the elements into about sqrt(nodes) cells."""
 LARGE_CELL = 4
 """A cell of more than this many times the mean size is split: equal vectors all fall into one."""
 CELL_NEIGHBOURS = 12
@@ -209,9 +207,9 @@ def _centres(below: Rows, nodes: int, rng: np.random.Generator, done: Done) -> t
 
 
 def _cells(below: Rows, nodes: int, rng: np.random.Generator) -> Cells:
-    """The cells, and how many nodes each gets: in proportion to its size, never more than elements."""
-    count = round(max(nodes**0.5, nodes / CELL_NODES))
-    sample = np.sort(rng.choice(len(below), min(len(below), 256 * round(nodes**0.5)), replace=False))
+    """About sqrt(nodes) cells, and how many nodes each gets: in proportion to its size, never more than elements."""
+    count = round(nodes**0.5)
+    sample = np.sort(rng.choice(len(below), min(len(below), 256 * count), replace=False))
     coarse = _kmeans(below[sample], count, rng)
     of_row = _nearest(below, coarse, 1)[0][:, 0]
     most = LARGE_CELL * -(-len(below) // count)

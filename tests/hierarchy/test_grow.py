@@ -144,12 +144,10 @@ def test_degenerate_vectors(kind: str) -> None:
     check(grow(vectors, 8, 2, 0), vectors, 8, 2)
 
 
-@pytest.mark.parametrize("cell_nodes", [150, 10])
-def test_two_stages_give_a_tree_as_good(monkeypatch: pytest.MonkeyPatch, cell_nodes: int) -> None:
+def test_two_stages_give_a_tree_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = clustered(8000, 32)
     one = grow(vectors, 16, 2, 0)
     monkeypatch.setattr(growing, "TWO_STAGE_NODES", 64)
-    monkeypatch.setattr(growing, "CELL_NODES", cell_nodes)
     two = grow(vectors, 16, 2, 0)
     check(two, vectors, 16, 2)
     assert two[0].children.tobytes() != one[0].children.tobytes(), "the second way was not taken"
@@ -187,17 +185,6 @@ def test_many_leftovers_are_seated_in_the_nearest_node_with_room() -> None:
     assert seats[order[0]].tolist() == [0, 1]
     assert seats[order[1]].tolist() == [2, 3]
     assert (seats[order[35:]] == -1).all()
-
-
-def test_cells_do_not_grow_with_the_memory() -> None:
-    vectors = clustered(4000)
-    few, many = (growing._cells(vectors, nodes, np.random.default_rng(0)) for nodes in (320, 3200))
-    assert len(few.vectors) == 18, "the square root of the nodes"
-    assert np.diff(few.node_ends, prepend=0).mean() < 20
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growing, "CELL_NODES", 20)
-        more = growing._cells(vectors, 3200, np.random.default_rng(0))
-    assert len(many.vectors) < 60 < 160 <= len(more.vectors)
 
 
 @given(rows=st.integers(0, 5), columns=st.integers(1, 40), wanted=st.integers(1, 40), seed=st.integers(0, 99))
