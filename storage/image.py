@@ -79,8 +79,10 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
             texts = _chunk_texts(folder, progress)
             build_lexical(folder, texts, info.chunks, info.config.language)
             tree = read_tree(folder, info.levels[::-1])
-            write_signatures(folder, tree, Lexical(folder, info.config.language).index, progress)
-            del tree
+            lexical = Lexical(folder, info.config.language)
+            idf = lexical.idf(np.arange(len(lexical.frequencies), dtype=np.int32))
+            write_signatures(folder, tree, lexical.index, idf, progress)
+            del tree, lexical
             files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
             description = {
                 "image": IMAGE_VERSION,
