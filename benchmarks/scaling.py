@@ -92,7 +92,7 @@ def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sour
     words = build_lexical(folder, (image.chunk_text(int(source)) for source in sources), len(sources), "en")
     lexical = Lexical(folder, "en", len(sources), words)
     begin = time.perf_counter()
-    write_signatures(folder, tree, lexical.index)
+    write_signatures(folder, tree, lexical.index, lexical.idf(np.arange(len(lexical.frequencies), dtype=np.int32)))
     seconds = time.perf_counter() - begin
     signatures = read_signatures(folder, tree)
 

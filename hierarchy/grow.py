@@ -36,8 +36,8 @@ SOAR_WEIGHT = 3.0
 """How much more a further node costs an element whose residual there is parallel to that in its first node."""
 COMPLEMENTS = 12
 """How many of the candidates an element asks for a further place."""
-COMPLEMENT_BLOCK = 512
-"""Elements whose candidate centres are gathered at once."""
+COMPLEMENT_BLOCK = 32
+"""Elements whose candidate centres are gathered at once: so few that they stay in the cache."""
 ITERATIONS = 10
 BLOCK = 4096
 """Rows that are held in float32 at once."""
@@ -51,14 +51,17 @@ REST_BLOCK = 256
 class Cells:
     """A first, coarse split of the elements, and which nodes lie in which cell."""
 
-    of_row: Int32[np.ndarray, " n"]
+    order: Int32[np.ndarray, " n"]
+    """The elements cell by cell."""
+    row_ends: Int64[np.ndarray, " cells"]
+    """Those of cell c are `order[row_ends[c - 1]:row_ends[c]]`."""
     vectors: Float32[np.ndarray, "cells d"]
     node_ends: Int64[np.ndarray, " cells"]
     """The nodes of cell c are `node_ends[c - 1]:node_ends[c]`."""
 
-    def rows(self, cell: int) -> Int64[np.ndarray, " rows"]:
+    def rows(self, cell: int) -> Int32[np.ndarray, " rows"]:
         """Elements of a cell, in order."""
-        return np.flatnonzero(self.of_row == cell)
+        return self.order[self.row_ends[cell - 1] if cell else 0 : self.row_ends[cell]]
 
     def nodes(self, cell: int) -> Int32[np.ndarray, " nodes"]:
         """Nodes of a cell."""
@@ -147,11 +150,34 @@ def _nearest(rows: Rows, centres: np.ndarray, best: int) -> tuple[np.ndarray, np
         elif best == len(centres):
             ids[start:stop] = np.argsort(-scores, axis=1, kind="stable")
         else:
-            some = np.sort(np.argpartition(-scores, best - 1, axis=1)[:, :best], axis=1)
-            order = np.argsort(-np.take_along_axis(scores, some, 1), axis=1, kind="stable")
-            ids[start:stop] = np.take_along_axis(some, order, 1)
+            _best(scores, ids[start:stop])
         similarities[start:stop] = np.take_along_axis(scores, ids[start:stop], 1)
     return ids, similarities
+
+
+@njit(cache=True)
+def _best(scores: np.ndarray, ids: np.ndarray) -> None:  # pragma: no cover - compiled
+    """Of each row the columns with the highest scores, best first, equal ones by number; as many as `ids` takes."""
+    wanted = ids.shape[1]
+    for row in range(len(scores)):
+        own, kept = scores[row], ids[row]
+        for column in range(len(own)):
+            count = min(column, wanted)
+            if count == wanted and own[column] <= own[kept[-1]]:
+                continue
+            place = min(count, wanted - 1)
+            while place > 0 and own[kept[place - 1]] < own[column]:
+                kept[place] = kept[place - 1]
+                place -= 1
+            kept[place] = column
+
+
+@njit(cache=True)
+def _add(rows: np.ndarray, owners: np.ndarray, sums: np.ndarray) -> None:  # pragma: no cover - compiled
+    """Add each row to its owner's sum: in order, so that the same rows always give the same bits."""
+    for row in range(len(rows)):
+        for i in range(rows.shape[1]):
+            sums[owners[row], i] += rows[row, i]
 
 
 def kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_: None) -> Float32[np.ndarray, "k d"]:
@@ -162,11 +188,11 @@ def kmeans(rows: Rows, k: int, rng: np.random.Generator, done: Done = lambda *_:
     for iteration in range(ITERATIONS):
         done(iteration, ITERATIONS)
         owners = _nearest(rows, centres, 1)[0][:, 0]
-        counts = np.bincount(owners, minlength=k)
-        order = np.argsort(owners, kind="stable")
+        counts, sums = np.bincount(owners, minlength=k), np.zeros(centres.shape)
+        for start in range(0, len(rows), BLOCK):
+            _add(as_float32(rows[start : start + BLOCK]), owners[start : start + BLOCK], sums)
         full = counts > 0
-        offsets = np.concatenate([[0], np.cumsum(counts[full])]).astype(np.int64)
-        centres[full] = node_vectors(rows, offsets, order.astype(np.int32))
+        centres[full] = unit(sums[full] / counts[full, None]).astype(np.float16)
         empty = int((~full).sum())
         if empty:
             centres[~full] = as_float32(rows[np.sort(rng.choice(len(rows), empty, replace=False))])
@@ -204,10 +230,10 @@ def _cells(below: Rows, nodes: int, rng: np.random.Generator) -> Cells:
         piece = np.arange(len(rows)) * pieces // len(rows)
         of_row[rows] = np.where(piece == 0, cell, number + piece)
         vectors.append(np.repeat(coarse[cell : cell + 1], pieces - 1, axis=0))
-    sizes = np.bincount(of_row)
     coarse = np.concatenate(vectors)
-    node_ends = np.round(np.cumsum(np.pad(sizes, (0, len(coarse) - len(sizes)))) * (nodes / len(below)))
-    return Cells(of_row, coarse, node_ends.astype(np.int64))
+    row_ends = np.cumsum(np.bincount(of_row, minlength=len(coarse)))
+    node_ends = np.round(row_ends * (nodes / len(below))).astype(np.int64)
+    return Cells(np.argsort(of_row, kind="stable").astype(np.int32), row_ends, coarse, node_ends)
 
 
 def _candidates(
@@ -286,18 +312,21 @@ def complements(
     width = min(COMPLEMENTS, candidates.shape[1])
     out = np.empty((len(below), width), np.int32)
     preferences = np.empty((len(below), width), np.float32)
-    for start in range(0, len(below), COMPLEMENT_BLOCK):
-        rows = as_float32(below[start : start + COMPLEMENT_BLOCK])
-        own, offered = first[start : start + len(rows)], candidates[start : start + len(rows)]
-        residual = rows - centres[own]
-        residual /= np.maximum(np.sqrt((residual**2).sum(1)), 1e-9)[:, None]
-        others = rows[:, None] - centres[offered]  # (rows, candidates, d)
-        cost = (others**2).sum(2) + SOAR_WEIGHT * np.einsum("ncd,nd->nc", others, residual) ** 2
-        cost[(offered < 0) | (offered == own[:, None])] = np.inf
-        order = np.argsort(cost, axis=1, kind="stable")[:, :width]
-        cost = np.take_along_axis(cost, order, 1)
-        out[start : start + len(rows)] = np.where(np.isinf(cost), -1, np.take_along_axis(offered, order, 1))
-        preferences[start : start + len(rows)] = -cost
+    for start in range(0, len(below), BLOCK):
+        rows = as_float32(below[start : start + BLOCK])
+        for first_row in range(0, len(rows), COMPLEMENT_BLOCK):
+            part = rows[first_row : first_row + COMPLEMENT_BLOCK]
+            place = slice(start + first_row, start + first_row + len(part))
+            own, offered = first[place], candidates[place]
+            residual = part - centres[own]
+            residual /= np.maximum(np.sqrt((residual**2).sum(1)), 1e-9)[:, None]
+            others = part[:, None] - centres[offered]  # (rows, candidates, d)
+            cost = (others**2).sum(2) + SOAR_WEIGHT * np.einsum("ncd,nd->nc", others, residual) ** 2
+            cost[(offered < 0) | (offered == own[:, None])] = np.inf
+            order = np.argsort(cost, axis=1, kind="stable")[:, :width]
+            cost = np.take_along_axis(cost, order, 1)
+            out[place] = np.where(np.isinf(cost), -1, np.take_along_axis(offered, order, 1))
+            preferences[place] = -cost
     return out, preferences
 
 

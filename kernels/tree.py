@@ -152,8 +152,9 @@ class LexicalIndex:
 class Signatures:
     """Which terms stand below the children of each parent of one level: a small inverted index of every block.
 
-    A node's signature is, of each term, the largest share `count / (count + norm)` of any chunk below it; a chunk's is
-    how often the term stands in it.
+    A node's signature is, of each term, the largest share `count / (count + norm)` of any chunk below it, from level 3
+    up of the terms that can bring much to a sum (`treemem.storage.signatures`); a chunk's is how often the term
+    stands in it.
     """
 
     offsets: NDArray[np.int64]

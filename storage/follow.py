@@ -162,10 +162,11 @@ def _append_tree(arrays: _Arrays, image: Image, change: Change, lexical: Lexical
     if VECTORS in arrays.rows:
         arrays.append(VECTORS, change.vectors)
     sizes = [tree.sizes[-1] + len(rows)]
+    words = lexical.index, lexical.all_idf()
     places: np.ndarray | None = None  # of the level's elements, by their numbers; chunks stand at theirs
     for number, level in enumerate(change.tree.levels, 2):
         _append_blocks(arrays, number - 1, [own if places is None else places[own] for own in level.children])
-        append_signatures(arrays, number - 1, len(level.nodes), lexical.index)
+        append_signatures(arrays, number - 1, len(level.nodes), *words)
         rows, scales = quantise(as_float32(level.vectors))
         first = tree.sizes[tree.depth - number]
         parts: dict[str, np.ndarray] = {"rows": rows, "scales": scales, "names": level.nodes, "vectors": level.vectors}
@@ -181,7 +182,7 @@ def _append_tree(arrays: _Arrays, image: Image, change: Change, lexical: Lexical
         alive = np.repeat(change.status != REMOVED, np.diff(arrays.read("chunk_ends"), prepend=0))
         places = np.flatnonzero(alive).astype(np.int32)
     _append_blocks(arrays, tree.depth, [places])
-    append_signatures(arrays, tree.depth, 1, lexical.index)
+    append_signatures(arrays, tree.depth, 1, *words)
     return sizes[::-1]
 
 

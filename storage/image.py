@@ -97,7 +97,7 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
             words = build_lexical(folder, texts, info.levels[0], info.config.language)
             tree = read_tree(folder, info.levels[::-1])
             lexical = Lexical(folder, info.config.language, info.chunks, words)
-            write_signatures(folder, tree, lexical.index, progress)
+            write_signatures(folder, tree, lexical.index, lexical.all_idf(), progress)
             del tree, lexical
             describe(
                 folder,

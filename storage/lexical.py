@@ -296,6 +296,10 @@ class Lexical:
         found = self.frequencies[terms].astype(np.float64)
         return np.log1p((self.chunks - found + 0.5) / (found + 0.5))
 
+    def all_idf(self) -> np.ndarray:
+        """Inverse document frequencies by number; 0 for terms that no chunk holds any more."""
+        return np.where(self.frequencies > 0, self.idf(np.arange(len(self.frequencies), dtype=np.int32)), 0)
+
     def query(self, text: str) -> LexicalQuery:
         """The terms of a query that stand in some chunk, rarest first, at most MAX_QUERY_TERMS."""
         counted = Counter(self.analyze(text))

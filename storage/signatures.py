@@ -4,6 +4,12 @@ With them a walk weighs words at every level, so that it needs no inverted index
 logarithm of the memory, where posting lists grow with the memory. What is kept of a block of children is a small
 inverted index of its own, so that a query's term is looked up once for all of them (compare the block maxima of Ding
 and Suel 2011, "Faster top-k document retrieval using block-max indexes").
+
+Of a node of level 3 or above only the terms are kept that can bring much to a query's sum: those with
+`idf * share >= NODE_SHARE * largest idf`. That is a tenth to a quarter of the thousands that a node has there, and none
+that stands in more than about sqrt(chunks) chunks. What counts is that the bound is the same for all nodes: where each
+keeps a number of its best, a term is missing at one node and not at the next, and the wrong one is taken. A share is
+the largest of the children's, so what a node keeps is found among what its children keep.
 """
 
 from __future__ import annotations
@@ -21,17 +27,22 @@ from treemem.storage.files import map_npy, write_npy
 from treemem.types import Progress, no_progress
 
 PARTS = ("offsets", "terms", "bases", "starts", "slots", "values")
+NODE_SHARE = 0.5
+"""How much of the largest idf a term's share must be worth to be kept from level 3 up; by `benchmarks/pruning.py`."""
 _STEP = 1 << 22
 """About so many entries are worked on at once."""
 
 
-def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progress: Progress = no_progress) -> None:
+def write_signatures(
+    folder: Path, tree: ServingTree, index: LexicalIndex, idf: np.ndarray, progress: Progress = no_progress
+) -> None:
     """Write the signatures of all levels, bottom up, in bounded memory.
 
     Args:
         folder: gets the files that `read_signatures` reads.
         tree: as it is served.
         index: the terms of its chunks.
+        idf: inverse document frequency of every term, [terms].
         progress: told about rows.
     """
     scratch = [folder / "signature-shares", folder / "signature-counts"]
@@ -41,10 +52,11 @@ def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progr
         start_kind, slot_kind = signature_kinds(blocks.offsets, blocks.ids, offsets)
         if number > 1:  # edits append to it, and a node's words are many
             start_kind = np.int32
-        kinds = {"terms": np.int32, "starts": start_kind, "slots": slot_kind, "values": np.uint8, "largest": np.uint8}
+        kinds = {"terms": np.int32, "starts": start_kind, "slots": slot_kind, "values": np.uint8}
+        kinds |= {"node-terms": np.int32, "node-shares": np.uint8}
         files = {name: folder / f"signature-{name}-{number}" for name in kinds}
         scratch += files.values()
-        ends = {"offsets": [np.zeros(1, np.int64)], "bases": [np.zeros(1, np.int64)]}
+        ends = {name: [np.zeros(1, np.int64)] for name in ("offsets", "bases", "node-offsets")}
         with ExitStack() as stack:
             opened = {name: stack.enter_context(file.open("wb")) for name, file in files.items()}
             for first, last in _slices(blocks.offsets, blocks.ids, offsets):
@@ -52,18 +64,21 @@ def write_signatures(folder: Path, tree: ServingTree, index: LexicalIndex, progr
                 made, largest = back_end().signatures(
                     blocks.offsets[first : last + 1] - start, blocks.ids[start:end], offsets, terms, shares, values
                 )
+                node = (made.offsets, made.terms, largest)
+                if number > 1:
+                    node = kept_terms(*node, idf, NODE_SHARE)
+                arrays = vars(made) | dict(zip(("node-offsets", "node-terms", "node-shares"), node, strict=True))
                 for name, file in opened.items():
-                    array = largest if name == "largest" else getattr(made, name)
-                    file.write(np.ascontiguousarray(array, kinds[name]).data)
-                ends["offsets"].append(ends["offsets"][-1][-1] + made.offsets[1:])
-                ends["bases"].append(ends["bases"][-1][-1] + made.bases[1:])
+                    file.write(np.ascontiguousarray(arrays[name], kinds[name]).data)
+                for name, parts in ends.items():
+                    parts.append(parts[-1][-1] + arrays[name][1:])
                 progress(f"words of level {number + 1}", float(end), float(len(blocks.ids)))
         arrays = {name: _mapped(file, kinds[name]) for name, file in files.items()}
         arrays |= {name: np.concatenate(parts) for name, parts in ends.items()}
         for name in PARTS:
             own = arrays[name]
             write_npy(_file(folder, number, name), own.dtype, own.shape, _blocks(own))
-        offsets, terms, shares = arrays["offsets"], arrays["terms"], arrays["largest"]
+        offsets, terms, shares = arrays["node-offsets"], arrays["node-terms"], arrays["node-shares"]
         values = shares
     del terms, shares, values, arrays
     for path in scratch:
@@ -85,7 +100,7 @@ class Appendable(Protocol):
         """All rows so far."""
 
 
-def append_signatures(arrays: Appendable, number: int, blocks: int, index: LexicalIndex) -> None:
+def append_signatures(arrays: Appendable, number: int, blocks: int, index: LexicalIndex, idf: np.ndarray) -> None:
     """Append the signatures of the last blocks of a level.
 
     Args:
@@ -93,6 +108,7 @@ def append_signatures(arrays: Appendable, number: int, blocks: int, index: Lexic
         number: whose elements stand in the blocks; level 1 = chunks.
         blocks: how many.
         index: the terms of the chunks.
+        idf: inverse document frequency of every term.
 
     Raises Outgrown.
     """
@@ -102,6 +118,9 @@ def append_signatures(arrays: Appendable, number: int, blocks: int, index: Lexic
         _chunk_words(index, ids) if number == 1 else _node_words(arrays, number - 1, ids, index)
     )
     own = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    if number > 2:
+        own, terms, shares = kept_terms(own, terms, shares, idf, NODE_SHARE)
+        values = shares
     local = np.arange(len(ids), dtype=np.int32)
     made, _ = back_end().signatures(ends - ends[0], local, own, terms, shares, values)
     for name in ("terms", "starts", "slots", "values"):
@@ -150,6 +169,25 @@ def _runs(offsets: np.ndarray, elements: np.ndarray) -> tuple[np.ndarray, np.nda
 def _in_steps(counts: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """Shares `count / (count + norm)` in 255ths, rounded up."""
     return np.ceil(255 * (counts / (counts + norms))).clip(1, 255).astype(np.uint8)
+
+
+def kept_terms(
+    offsets: np.ndarray, terms: np.ndarray, shares: np.ndarray, idf: np.ndarray, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The terms of nodes with `idf * share` of at least `least * largest idf`.
+
+    Args:
+        offsets: int64 [nodes + 1], the terms of node p are `terms[offsets[p]:offsets[p + 1]]`.
+        terms: int32.
+        shares: uint8, the largest share of each below its node, in 255ths.
+        idf: inverse document frequency of every term.
+        least: 0 keeps all.
+
+    Returns:
+        offsets, terms and shares of what is kept, in the order that they had.
+    """
+    kept = idf[terms] * shares >= 255 * least * idf.max(initial=0)
+    return np.concatenate([[0], np.cumsum(kept)])[offsets], terms[kept], shares[kept]
 
 
 def read_signatures(folder: Path, tree: ServingTree, rows: Mapping[str, int] | None = None) -> tuple[Signatures, ...]:

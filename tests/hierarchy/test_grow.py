@@ -187,6 +187,28 @@ def test_many_leftovers_are_seated_in_the_nearest_node_with_room() -> None:
     assert (seats[order[35:]] == -1).all()
 
 
+@given(rows=st.integers(0, 5), columns=st.integers(1, 40), wanted=st.integers(1, 40), seed=st.integers(0, 99))
+def test_the_best_columns_are_those_of_a_stable_sort(rows: int, columns: int, wanted: int, seed: int) -> None:
+    wanted = min(wanted, columns)
+    # Coarse scores, so that many tie.
+    scores = np.random.default_rng(seed).integers(0, 6, (rows, columns)).astype(np.float32)
+    ids = np.full((rows, wanted), -1, np.int32)
+    growing._best(scores, ids)
+    assert np.array_equal(ids, np.argsort(-scores, axis=1, kind="stable")[:, :wanted])
+
+
+def test_kmeans_moves_centres_to_the_means_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "ITERATIONS", 1)
+    monkeypatch.setattr(growing, "BLOCK", 64)
+    rows = as_float32(clustered(300))
+    chosen = np.sort(np.random.default_rng(3).choice(300, 20, replace=False))
+    owners = growing._nearest(rows, rows[chosen], 1)[0][:, 0]
+    order, counts = np.argsort(owners, kind="stable").astype(np.int32), np.bincount(owners, minlength=20)
+    expected = node_vectors(rows, np.concatenate([[0], np.cumsum(counts)]), order)
+    centres = growing.kmeans(rows, 20, np.random.default_rng(3))
+    assert np.array_equal(centres, as_float32(expected))
+
+
 @given(data=st.data())
 @settings(max_examples=150)
 def test_seats_are_a_stable_matching(data: st.DataObject) -> None:
@@ -235,8 +257,9 @@ def test_equal_vectors_do_not_make_a_giant_cell(share: float) -> None:
     vectors = clustered(4000)
     vectors[: int(4000 * share)] = vectors[0]
     cells = growing._cells(vectors, 320, np.random.default_rng(0))
-    sizes = np.bincount(cells.of_row, minlength=len(cells.vectors))
-    assert sizes.sum() == 4000
+    sizes = np.diff(cells.row_ends, prepend=0)
+    assert sizes.tolist() == [len(cells.rows(cell)) for cell in range(len(cells.vectors))]
+    assert np.array_equal(np.sort(cells.order), np.arange(4000))
     assert sizes.max() <= growing.LARGE_CELL * 4000 / 18 + 1
     assert cells.node_ends[-1] == 320
     assert all(len(cells.nodes(cell)) <= size for cell, size in enumerate(sizes))

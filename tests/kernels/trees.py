@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,8 +93,12 @@ def random_index(generator: np.random.Generator, chunks: int, *, vocabulary: int
     )
 
 
-def signatures_of(tree: ServingTree, index: LexicalIndex) -> tuple[Signatures, ...]:
-    """The signatures of all levels, top first."""
+Kept = Callable[[int, int], bool]
+"""Whether a node keeps a term, by its number and its share."""
+
+
+def signatures_of(tree: ServingTree, index: LexicalIndex, kept: Kept | None = None) -> tuple[Signatures, ...]:
+    """The signatures of all levels, top first; `kept` decides about the nodes from level 3 up."""
     counts = index.counts.astype(np.float32)
     parts = counts / (counts + np.repeat(index.norms, np.diff(index.offsets)))
     offsets, terms, shares = index.offsets, index.terms, np.ceil(parts * 255).clip(1, 255).astype(np.uint8)
@@ -100,7 +106,12 @@ def signatures_of(tree: ServingTree, index: LexicalIndex) -> tuple[Signatures, .
     made: list[Signatures] = []
     for blocks in tree.levels[::-1]:
         own, shares = reference.signatures(blocks.offsets, blocks.ids, offsets, terms, shares, values)
-        offsets, terms, values = own.offsets, own.terms, shares
+        offsets, terms = own.offsets, own.terms
+        if kept is not None and made:
+            there = [bool(kept(int(term), int(share))) for term, share in zip(terms, shares, strict=True)]
+            offsets = np.array([sum(there[:end]) for end in offsets])
+            terms, shares = terms[there], shares[there]
+        values = shares
         made.insert(0, own)
     return tuple(made)
 
