@@ -234,7 +234,7 @@ class Trials:
         resize(disk, 200_000)
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.memory, path)
-        resize(disk, used(disk) + int(generator.uniform(0, 1.3) * self.growth[name]))
+        resize(disk, used(disk) + int(generator.uniform(0, 1.3) * abs(self.growth[name])))
         code = self.forks.run(self._job(edit, str(path), name))
         told = self._told().splitlines()
         resize(disk, 200_000)
