@@ -26,6 +26,8 @@ from tests.processes import Forks, Job
 
 from treemem.config import TreeConfig
 from treemem.errors import TreememError
+from treemem.hierarchy import memory as module
+from treemem.hierarchy.build import alone
 from treemem.hierarchy.memory import Memory
 from treemem.storage.store import guard
 from treemem.types import Document
@@ -112,6 +114,30 @@ def look(path: str, output: str) -> None:
         tell("edited", lambda: _go_on(memory))
         tell("tip", lambda: memory.store.snapshot)
     Path(output).write_text(json.dumps(told))
+
+
+def hold(path: str, seconds: str) -> None:
+    """Hold a memory's lock."""
+    with alone(Path(path)):
+        print("held", flush=True)
+        time.sleep(float(seconds))
+
+
+def add_one_by_one(path: str, first: str, last: str) -> None:
+    """Add documents, each by an edit of its own, however long others write."""
+    module.LOCK_SECONDS = 200.0
+    memory = Memory.open(path, encoder=FakeEncoder())
+    for document in DOCUMENTS[int(first) : int(last)]:
+        memory.add(document)
+
+
+def read_on(path: str, stop: str) -> None:
+    """Search until a file named `stop` is there: always the same is found."""
+    memory = Memory.open(path, encoder=FakeEncoder())
+    before = [_answer(memory, query, mode) for query in QUERIES for mode in MODES]
+    print("reading", flush=True)
+    while not Path(stop, "stop").exists():
+        assert [_answer(memory, query, mode) for query in QUERIES for mode in MODES] == before
 
 
 def _describe(memory: Memory, tell: Callable[[str, Callable[[], Any]], None]) -> None:
@@ -208,7 +234,7 @@ class Trials:
         resize(disk, 200_000)
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.memory, path)
-        resize(disk, used(disk) + int(generator.uniform(0, 1.3) * self.growth[name]))
+        resize(disk, used(disk) + int(generator.uniform(0, 1.3) * abs(self.growth[name])))
         code = self.forks.run(self._job(edit, str(path), name))
         told = self._told().splitlines()
         resize(disk, 200_000)
