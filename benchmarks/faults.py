@@ -49,6 +49,10 @@ def main() -> None:
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     by_kind: dict[str, Counter[str]] = {f"{kind} {way}": Counter() for kind in KINDS for way in WAYS}
     wrong: list[str] = []
+
+    def in_time() -> bool:
+        return time.monotonic() - begin < 60 * arguments.minutes
+
     forks = Forks()
     with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder) / "disk") as no_disk:
         trials = Trials(forks, Path(folder))
@@ -56,21 +60,21 @@ def main() -> None:
         damages = [(kind, way) for kind in KINDS for way in WAYS]
         # In turn, so that a run that is stopped has something of each.
         for number in range(max(arguments.kills, len(MOMENTS), arguments.full, arguments.damages)):
-            if time.monotonic() - begin > 60 * arguments.minutes:
+            if not in_time():
                 break
             if number < len(MOMENTS):
                 moment = list(MOMENTS)[number]
                 counted(lambda moment=moment: trials.kill_at(moment), counts[names[1]], wrong)  # type: ignore[misc]
-            if number < arguments.kills:
+            if number < arguments.kills and in_time():
                 timed = number % 2 == 0
                 counted(lambda timed=timed: trials.kill(generator, timed=timed), counts[names[0]], wrong)  # type: ignore[misc]
-            if number < arguments.damages:
+            if number < arguments.damages and in_time():
                 kind, way = damages[number % len(damages)]
                 own: Counter[str] = Counter()
                 counted(lambda kind=kind, way=way: trials.damage(generator, kind, way), own, wrong)  # type: ignore[misc]
                 counts[names[3]] += own
                 by_kind[f"{kind} {way}"] += own
-            if number < arguments.full and not no_disk:
+            if number < arguments.full and not no_disk and in_time():
                 counted(lambda: trials.fill(Path(folder) / "disk", generator), counts[names[2]], wrong)
             print(f"{number}: { ({name: dict(own) for name, own in counts.items()}) }", flush=True)
     forks.close()

@@ -16,16 +16,24 @@ from treemem.config import SearchConfig
 from treemem.evaluation import load_set
 from treemem.hierarchy.walk import Searcher
 from treemem.kernels import LexicalIndex, ServingTree, Signatures, back_end
-from treemem.storage.signatures import kept_terms
+from treemem.storage.signatures import NODE_SHARE, kept_terms
 
 # Development questions; those of scifact's train split, which has no other.
 SETS = (("fairytaleqa", "dev"), ("scifact", "train"), ("medquad", "dev"), ("wiki_multi", "dev,train"))
 SHARES = (0.5, 0.25)
 """How many of the nodes' entries are kept, of all levels."""
+MEASURES = (
+    "impact",
+    "idf",
+    "idf x share",
+    "idf x deviation of the block",
+    "idf x difference from the block's mean",
+)
 LEAST = (0.3, 0.4, 0.5, 0.6, 0.7)
 """How much of the largest idf a term must be worth to be kept from level 3 up."""
 TERMS = (1024, 512, 256)
 """How many terms a node keeps from level 3 up."""
+INDEX = "none: a walk by vectors, then the inverted index"
 Kept = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """What is kept of the terms of nodes: offsets, terms and shares give the same of what is kept."""
 
@@ -82,47 +90,55 @@ def worth(own: Signatures, children: np.ndarray, idf: np.ndarray) -> dict[str, n
     shares, rarity = own.values / 255, idf[own.terms[terms]]
     n = children[parents]
     sums, squares = (np.bincount(terms, part, len(own.terms))[terms] for part in (shares, shares**2))
-    return {
-        "impact": shares,
-        "idf": rarity + 1e-3 * shares,
-        "idf x share": rarity * shares,
-        # Of the block's children: what stands under all of them in equal measure does not tell them apart.
-        "idf x deviation of the block": rarity * np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0)),
-        "idf x difference from the block's mean": rarity * np.abs(shares - sums / n),
-    }
+    deviation = np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0))  # 0: it does not tell the children apart
+    values = shares, rarity + 1e-3 * shares, rarity * shares, rarity * deviation, rarity * np.abs(shares - sums / n)
+    return dict(zip(MEASURES, values, strict=True))
 
 
-def variants(tree: ServingTree, index: LexicalIndex, idf: np.ndarray) -> Iterator[tuple[str, tuple[Signatures, ...]]]:
-    """Signatures of all levels, by what is left out."""
+def fewer(
+    tree: ServingTree, full: tuple[Signatures, ...], idf: np.ndarray, share: float, measure: str
+) -> tuple[Signatures, ...]:
+    """Of each level of nodes this share of the entries, those that are worth most."""
+    out = []
+    for own, blocks in zip(full[:-1], tree.levels[:-1], strict=True):
+        values = worth(own, np.diff(blocks.offsets), idf)[measure]
+        chosen = np.zeros(len(own.slots), bool)
+        chosen[np.argsort(-values, kind="stable")[: round(share * len(own.slots))]] = True
+        out.append(only(own, chosen))
+    return (*out, full[-1])
+
+
+def variants(
+    tree: ServingTree, index: LexicalIndex, idf: np.ndarray
+) -> Iterator[tuple[str, Callable[[], tuple[Signatures, ...]]]]:
+    """What makes the signatures of all levels, by what is left out; a beam other than 32 is named at the end."""
     full = made(tree, index)
-    yield "all levels", full
+    yield INDEX, lambda: full
     none = tuple(only(own, np.zeros(len(own.slots), bool)) for own in full)
-    yield "chunks and level 2", none[:-2] + full[-2:]
-    yield "chunks", none[:-1] + full[-1:]
+    yield "all levels", lambda: full
+    yield "chunks and level 2", lambda: none[:-2] + full[-2:]
+    yield "chunks", lambda: none[:-1] + full[-1:]
     for least in LEAST:
-        yield (
-            f"idf x share of {least} and more from level 3 up",
-            made(tree, index, partial(kept_terms, idf=idf, least=least)),
-        )
+        kept = partial(kept_terms, idf=idf, least=least)
+        for beam in ("", ", beam 48", ", beam 64") if least == NODE_SHARE else ("",):
+            yield f"idf x share of {least} and more from level 3 up{beam}", partial(made, tree, index, kept)
     for most in TERMS:
-        yield f"{most} terms a node from level 3 up, by idf x share", made(tree, index, partial(best, most, idf))
-    yield "256 terms a node from level 3 up, by impact", made(tree, index, partial(best, 256, np.ones_like(idf)))
-    worths = [worth(own, np.diff(blocks.offsets), idf) for own, blocks in zip(full[:-1], tree.levels[:-1], strict=True)]
+        yield (
+            f"{most} terms a node from level 3 up, by idf x share",
+            partial(made, tree, index, partial(best, most, idf)),
+        )
+    by_impact = partial(best, 256, np.ones_like(idf))
+    yield "256 terms a node from level 3 up, by impact", partial(made, tree, index, by_impact)
     for share in SHARES:
-        for measure in worths[0]:
-            pruned = []
-            for own, values in zip(full[:-1], worths, strict=True):
-                chosen = np.zeros(len(own.slots), bool)
-                chosen[np.argsort(-values[measure], kind="stable")[: round(share * len(own.slots))]] = True
-                pruned.append(only(own, chosen))
-            yield f"{share:g} of the nodes' entries, by {measure}", (*pruned, full[-1])
+        for measure in MEASURES:
+            yield f"{share:g} of the nodes' entries, by {measure}", partial(fewer, tree, full, idf, share, measure)
 
 
 def main() -> None:
     """Search for every question with each variant, one right after the other, in an untrained tree."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--sets", nargs="*", help="only these sets")
-    parser.add_argument("--ways", default="", help="only variants with this in their name, the others stay")
+    parser.add_argument("--ways", nargs="*", help="only variants with one of these in their name; others stay")
     parser.add_argument("--most", type=int, default=1000, help="questions of a set")
     options = parser.parse_args()
     path = RESULTS / "pruning.json"
@@ -137,12 +153,13 @@ def main() -> None:
         queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
         embedded = searcher.embed([query.text for query in queries])
         idf = image.lexical.idf(np.arange(len(image.lexical.frequencies), dtype=np.int32))
-        config = SearchConfig(lexical="signatures")
         rows: dict[str, Any] = found.get(name, {}).get("variants", {})
-        for way, signatures in variants(image.tree, image.lexical.index, idf):
-            if options.ways not in way:
+        for way, make in variants(image.tree, image.lexical.index, idf):
+            if options.ways and not any(part in way for part in options.ways):
                 continue
-            image.signatures = signatures
+            image.signatures = signatures = make()
+            beam = int(way.rpartition("beam ")[2]) if "beam" in way else SearchConfig.beam
+            config = SearchConfig(lexical="index" if way == INDEX else "signatures", beam=beam)
             searcher.rank(embedded[0], config)
             seconds, ranked, scored = [], [], 0
             for query in embedded:
@@ -160,12 +177,16 @@ def main() -> None:
                 "entries": [len(own.slots) for own in signatures],
             }
             print(name, way, rows[way], flush=True)
-        oracle = [searcher.rank(query, SearchConfig("exact+bm25")).chunks[:10] for query in embedded]
+        known = found.get(name, {})
+        oracle = known.get("exact+bm25") if known.get("questions") == len(queries) else None
+        if oracle is None:
+            every = [searcher.rank(query, SearchConfig("exact+bm25")).chunks[:10] for query in embedded]
+            oracle = hits(memory, queries, every)
         found[name] = {
             "split": split,
             "questions": len(queries),
             "levels": list(image.tree.sizes),
-            "exact+bm25": hits(memory, queries, oracle),
+            "exact+bm25": oracle,
             "variants": rows,
         }
         save("pruning", {"sets": found}, options)

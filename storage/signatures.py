@@ -6,10 +6,10 @@ inverted index of its own, so that a query's term is looked up once for all of t
 and Suel 2011, "Faster top-k document retrieval using block-max indexes").
 
 Of a node of level 3 or above only the terms are kept that can bring much to a query's sum: those with
-`idf * share >= NODE_SHARE * largest idf`. That is a tenth to a quarter of the thousands that a node has there, and none
-that stands in more than about sqrt(chunks) chunks. What counts is that the bound is the same for all nodes: where each
-keeps a number of its best, a term is missing at one node and not at the next, and the wrong one is taken. A share is
-the largest of the children's, so what a node keeps is found among what its children keep.
+`idf * share >= NODE_SHARE * largest idf`, on level 3 about a fifth of the thousands that a node has there. What counts
+is that the bound is the same for all nodes: where each keeps a number of its best, a term is missing at one node and
+not at the next, and the wrong one is taken. A share is the largest of the children's, so what a node keeps is found
+among what its children keep.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treemem.storage.files import map_npy, write_npy
 from treemem.types import Progress, no_progress
 
 PARTS = ("offsets", "terms", "bases", "starts", "slots", "values")
-NODE_SHARE = 0.5
+NODE_SHARE = 0.4
 """How much of the largest idf a term's share must be worth to be kept from level 3 up; by `benchmarks/pruning.py`."""
 _STEP = 1 << 22
 """About so many entries are worked on at once."""

@@ -328,7 +328,7 @@ values = (
 )
 @example(ids=["../../etc/passwd", "\0", "x" * 10_000], key="two words", value="a\nb", number=0)
 @example(ids=["é", "e\u0301"], key="", value="\0", number=1)
-@settings(max_examples=2)
+@settings(max_examples=2, deadline=None)
 def test_any_id_and_metadata(
     ids: list[str], key: str, value: object, number: int, whole: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -361,7 +361,7 @@ def test_any_id_and_metadata(
 
 
 @given(text=texts | st.text(max_size=200))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_any_condition_is_read_or_refused(text: str, whole_memory: Memory) -> None:
     try:
         found = whole_memory.ids(where=text)
