@@ -85,7 +85,7 @@ class SearchConfig:
     lexical: Lexical = "index"
     """Where `hybrid` and `deep` look for words. `index`: the walk goes by vectors, and the best chunks of an inverted
     index of all chunks are added; `signatures`: on the way down, among the words below each node, in a third of the
-    time."""
+    time; a large memory wants a wider `beam` then, such as 48."""
     bm25_candidates: int = 256
     """How many chunks of the inverted index are candidates, where it is asked."""
     decoder: bool = True
