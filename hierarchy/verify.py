@@ -67,9 +67,9 @@ def verify(store: Store, image: Image | None = None, progress: Progress = no_pro
     try:
         store.verify(progress)
         _documents(found, store, progress)
-        levels = _tree(found, store, progress)
+        chunks, levels = _tree(found, store, progress)
         if image is not None:
-            _image(found, store, image, levels, progress)
+            _image(found, store, image, chunks, levels, progress)
     except DamagedMemory as error:
         found._fault(str(error))
     return found
@@ -176,13 +176,14 @@ def _check_document(
 # ---- the tree
 
 
-def _tree(found: Verification, store: Store, progress: Progress) -> list[Level]:
+def _tree(found: Verification, store: Store, progress: Progress) -> tuple[np.ndarray, list[Level]]:
+    """Check the nodes. Returns the level-1 vectors that they were compared with, and the levels above."""
     config = store.info().config
     ends, status = store.read("documents/chunk_ends"), store.read("documents/status")
     levels = store.levels()
     alive = np.repeat(status != REMOVED, np.diff(ends, prepend=0))
     hierarchy = stored_hierarchy(store)
-    vectors = _contextual(store, config.alpha, hierarchy, ends, progress)
+    chunks = vectors = _contextual(store, config.alpha, hierarchy, ends, progress)
     for number, level in enumerate(levels, 2):
         progress(f"checking level {number}", number - 2, len(levels))
         found._count("nodes", len(level.vectors))
@@ -190,7 +191,7 @@ def _tree(found: Verification, store: Store, progress: Progress) -> list[Level]:
         size = len(vectors)
         if len(children) and not (0 <= children.min() and children.max() < size):
             found._fault(f"level {number}: a child is outside 0 to {size - 1}")
-            return levels
+            return chunks, levels
         if (counts == 0).any() or (counts > config.fanout).any():
             found._fault(f"level {number}: a node has no child, or more than {config.fanout}")
         owners = np.repeat(np.arange(len(counts)), counts)
@@ -212,7 +213,7 @@ def _tree(found: Verification, store: Store, progress: Progress) -> list[Level]:
         found._fault(f"the top has {len(levels[-1].vectors)} nodes, more than {2 * config.fanout}")
     if not levels and alive.sum() > 2 * config.fanout:
         found._fault(f"{alive.sum()} chunks have no nodes above them")
-    return levels
+    return chunks, levels
 
 
 def _orphans(found: Verification, stands: np.ndarray, alive: np.ndarray, spill: int) -> None:
@@ -249,14 +250,33 @@ def _differ(made: np.ndarray, stored: np.ndarray, *, exact: bool) -> np.ndarray:
 # ---- the image
 
 
-def _image(found: Verification, store: Store, image: Image, levels: list[Level], progress: Progress) -> None:
+def _image(
+    found: Verification, store: Store, image: Image, chunks: np.ndarray, levels: list[Level], progress: Progress
+) -> None:
     progress("checking the serving image", 0, None)
     if image.snapshot != store.snapshot:
         found._fault("the serving image is of another snapshot")
         return
     if not np.array_equal(image.status, store.read("documents/status")):
         found._fault("the serving image has another status of documents")
-    tree = image.tree
+        return
+    tree, hashes = image.tree, store.read("documents/hashes")
+    for number in np.flatnonzero(image.status != REMOVED).tolist():
+        if content_hash(*image.content(number)) != hashes[number].tobytes():
+            found._fault(f"the serving image has another text or record of document number {number}")
+    present = np.repeat(image.status != REMOVED, np.diff(image.chunk_ends, prepend=0))
+    same = np.array_equal(image.chunk_ends, store.read("documents/chunk_ends"))
+    if not same or not np.array_equal(image.spans[present], store.read("chunks/spans")[present]):
+        found._fault("the serving image has other chunks")
+        return
+    for start in range(0, len(chunks), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        rows, scales = quantise(as_float32(chunks[part]))
+        kept = present[part]
+        wrong = (tree.levels[-1].rows[part] != rows).any(1) | (tree.levels[-1].scales[part] != scales)
+        if wrong[kept].any():
+            found._fault(f"the serving image has another vector of chunk {start + int(np.argmax(wrong & kept))}")
+            break
     if tree.depth != len(levels) + 1:
         found._fault("the serving image has another number of levels")
         return

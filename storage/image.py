@@ -468,10 +468,18 @@ class Image:
         """The chunks of a document."""
         return range(int(self._chunk_ends[document - 1]) if document else 0, int(self._chunk_ends[document]))
 
+    def content(self, document: int) -> tuple[bytes, bytes]:
+        """Record and text of a document as they are stored."""
+        first, last = (int(self._text_ends[document - 1]) if document else 0), int(self._text_ends[document])
+        return self._record_bytes(document), bytes(self._text[first:last])
+
+    def _record_bytes(self, document: int) -> bytes:
+        begin = int(self._record_ends[document - 1]) if document else 0
+        return bytes(self._records[begin : int(self._record_ends[document])])
+
     def record(self, document: int) -> dict[str, Any]:
         """Id, title and metadata of a document."""
-        begin = int(self._record_ends[document - 1]) if document else 0
-        record = json.loads(bytes(self._records[begin : int(self._record_ends[document])]))
+        record = json.loads(self._record_bytes(document))
         assert isinstance(record, dict)
         return record
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.fakes import FakeEncoder, documents
 
 from treemem.config import MODES, SearchConfig, TreeConfig
-from treemem.errors import InputError, StoreError
+from treemem.errors import DamagedMemory, InputError, StoreError
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
 from treemem.storage.follow import VECTORS
@@ -209,6 +209,22 @@ def test_an_edit_that_was_killed_halfway_leaves_the_image_whole(
     assert answers(back) == before
     memory.add(DOCUMENTS[66:67])  # the one that was interrupted goes on, too
     assert sorted(memory.ids()) == sorted(own.id for own in DOCUMENTS[:67])
+
+
+@pytest.mark.parametrize("name", ["text", "records", "spans", "level-1-rows", "level-2-rows", "level-1-ids"])
+def test_verify_sees_a_flipped_bit_of_the_image(memory: Memory, name: str) -> None:
+    memory.add(DOCUMENTS[60:62])
+    file = memory.image.folder / f"{name}.npy"
+    data = bytearray(file.read_bytes())
+    data[-3 if name != "spans" else -16] ^= 4
+    file.write_bytes(bytes(data))
+    try:
+        memory = Memory.open(memory.store.path, encoder=ENCODER)
+    except DamagedMemory:
+        return
+    if memory.image.fresh:  # it was noticed at once, and made anew
+        return
+    assert any("serving image" in fault for fault in memory.verify().faults)
 
 
 def test_masks(memory: Memory) -> None:
