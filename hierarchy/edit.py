@@ -22,6 +22,8 @@ from treemem.storage.levels import Level, Residual, as_float32, node_vectors, un
 
 SEAT_BEAM = 32
 """How many nodes of each level a walk keeps that looks for a chunk's seats."""
+OFFERED = 2
+"""How many nodes a chunk asks for each of its seats; the best is split where none has room."""
 WALKS_AT_ONCE = 1024
 _NOTHING = np.empty(0, np.int32)
 
@@ -196,11 +198,21 @@ class Editor:
             return
         taken: dict[int, list[int]] = {}
         for start in range(0, len(vectors), WALKS_AT_ONCE):
-            for chunk, nodes in enumerate(self._seats(vectors[start : start + WALKS_AT_ONCE]), first + start):
-                for node in nodes[nodes >= 0].tolist():
+            offers = self._offers(vectors[start : start + WALKS_AT_ONCE]).tolist()
+            for chunk, offered in enumerate(offers, first + start):
+                own: list[int] = []
+                for nodes in offered:
+                    open_to = [node for node in nodes if node >= 0 and node not in own]
+                    with_room = [node for node in open_to if self._room(node) > len(taken.get(node, ()))]
+                    own += (with_room or open_to)[:1]
+                for node in own:
                     taken.setdefault(node, []).append(chunk)
         for node, chunks in taken.items():
             self._levels[0].set_children(node, np.concatenate([self._levels[0].children(node), chunks]))
+
+    def _room(self, node: int) -> int:
+        """How many more children a node of level 2 takes before it has to be split."""
+        return self.config.fanout - len(self._levels[0].children(node))
 
     def finish(self) -> TreeChange:
         """What has become of the tree."""
@@ -238,8 +250,11 @@ class Editor:
         """Vectors as they are clustered."""
         return unit((as_float32(vectors) - self.image.cluster_mean) @ self.image.cluster_map)
 
-    def _seats(self, vectors: Float16[np.ndarray, "n d"]) -> Int32[np.ndarray, "n copies"]:
-        """The nodes of level 2 that chunks are to stand in: the nearest that a walk finds, and its complements."""
+    def _offers(self, vectors: Float16[np.ndarray, "n d"]) -> Int32[np.ndarray, "n copies offered"]:
+        """For each seat of each chunk the nodes of level 2 that it may take, best first, -1 = none.
+
+        They are the nearest that a walk finds, and for a further seat the complements of the first.
+        """
         tree, kernels = self.image.tree, back_end()
         asked = self.image.asked(as_float32(vectors))[:, :, None]
         found = kernels.search(tree, asked, SEAT_BEAM, 1).nodes[-1]
@@ -250,11 +265,14 @@ class Editor:
         rows = self._scaled(vectors)
         similarities = np.einsum("ncd,nd->nc", centres[candidates], rows)
         similarities[candidates < 0] = -np.inf
-        out = [candidates[np.arange(len(rows)), similarities.argmax(1)]]
+        order = np.argsort(-similarities, axis=1, kind="stable")
+        nearest = np.take_along_axis(candidates, order, 1)
+        out = [nearest[:, :OFFERED]]
         copies = seats_of_an_element(self.config.fanout, self.config.spill)
         if copies > 1:
-            others, _ = complements(rows, centres, candidates, out[0])
-            out += list(others[:, : copies - 1].T)
+            others, _ = complements(rows, centres, candidates, nearest[:, 0])
+            others = np.pad(others, ((0, 0), (0, copies + OFFERED)), constant_values=-1)
+            out += [others[:, seat : seat + OFFERED] for seat in range(copies - 1)]
         picked = np.stack(out, axis=1)
         return np.where(picked < 0, -1, nodes[picked]).astype(np.int32)
 

@@ -21,7 +21,7 @@ import rich.console
 from tests.hierarchy.test_ask import GROUNDED, ChosenReplies
 
 from treemem import __version__, cli
-from treemem.config import Mode, SearchConfig
+from treemem.config import FORMAT_VERSION, Mode, SearchConfig
 from treemem.errors import ModelError
 from treemem.hierarchy import memory as memory_module
 from treemem.hierarchy import readers
@@ -292,7 +292,7 @@ def test_build_search_ask_info(run: Run, tmp_path: Path, folder: Path) -> None:
 
     done = run("info", memory)
     assert done.code == 0
-    for shown in ("documents", "6", "minilm, 384 dimensions", "fanout 32, spill 2, seed 7", "format 1"):
+    for shown in ("documents", "6", "minilm, 384 dimensions", "fanout 32, spill 2, seed 7", f"format {FORMAT_VERSION}"):
         assert shown in done.out
 
 

@@ -51,7 +51,7 @@ def test_vectors_that_are_not_finite_are_named(value: float) -> None:
 def test_highest_dimension_does_not_overflow() -> None:
     rows, scales = quantise(np.ones((1, 2048), np.float32))
     blocks = random_tree(np.random.default_rng(0), 1, dimension=2048).levels[0]
-    tree = ServingTree((laid_out(rows, scales, blocks.ids, blocks.offsets),), (1,), np.zeros(1, np.int64))
+    tree = ServingTree((laid_out(rows, scales, blocks.ids, blocks.offsets),), (1,))
     assert reference.score_chunks(tree, np.ones((1, 1, 2048), np.float32), np.zeros((1, 1), np.int32))[0, 0] == 2048
     with pytest.raises(ModelError, match="2049"):
         quantise(np.ones((1, 2049), np.float32))
