@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import tantivy
 from jaxtyping import Float32, Int32, UInt8, UInt64
 from tantivy import Filter, Occur, Query, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
 
+from treemem.errors import DamagedMemory
 from treemem.kernels import LexicalIndex, back_end
 from treemem.storage.files import map_npy, save_npy, write_npy
 
@@ -246,9 +248,12 @@ class Lexical:
         self._hash = _Hashes(10_000)
         self._schema = _schema()
         self._links = _links_where_read_only(folder / "bm25")
-        inverted = tantivy.Index(self._schema, self._links.name if self._links else str(folder / "bm25"), reuse=True)
-        inverted.register_tokenizer("treemem", self._analyzer)
-        self._searcher = inverted.searcher()
+        with _panics_as_damage(folder):
+            place = self._links.name if self._links else str(folder / "bm25")
+            inverted = tantivy.Index(self._schema, place, reuse=True)
+            inverted.register_tokenizer("treemem", self._analyzer)
+            self._searcher = inverted.searcher()
+        self._folder = folder
 
     def analyze(self, text: str) -> list[str]:
         """The terms of a text, in order."""
@@ -331,8 +336,9 @@ class Lexical:
         asked = min(k + 32, self.index.size)
         # Until all that equal the k-th are there: which of them tantivy gives first depends on its files.
         while True:
-            found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
-            chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
+            with _panics_as_damage(self._folder):
+                found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
+                chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
             kept = np.arange(len(chunks)) if allowed is None else np.flatnonzero(allowed[chunks])
             if len(found) < asked or asked == self.index.size:
                 break
@@ -344,6 +350,17 @@ class Lexical:
         scores = back_end().bm25_scores(self.index, query.terms, query.weights, chunks)
         order = np.lexsort((chunks, -scores))[:k]
         return chunks[order], scores[order]
+
+
+@contextmanager
+def _panics_as_damage(folder: Path) -> Iterator[None]:
+    """tantivy meets some damaged files with a panic, which is no ordinary exception; its class cannot be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DamagedMemory(f"{folder}: the index of words is damaged; delete the folder, it is made again") from error
 
 
 def _norms(lengths: Int32[np.ndarray, " chunks"], mean: float) -> Float32[np.ndarray, " chunks"]:

@@ -19,6 +19,7 @@ from treemem.hierarchy.build import build, write_image
 from treemem.hierarchy.memory import Memory
 from treemem.kernels import back_end, upper_halves
 from treemem.storage import image as imaging
+from treemem.storage import lexical
 from treemem.storage.image import Image, available_memory, build_image, image_folder, read_tree
 from treemem.storage.levels import contextual
 from treemem.storage.store import Store
@@ -172,6 +173,31 @@ def test_every_damaged_file_is_mended(memory_path: Path, encoder: FakeEncoder, h
     assert answers(memory_path, encoder) == expected
     assert files_of(folder_of(memory_path)) == kept
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_panic_over_the_words_is_damage(
+    memory_path: Path, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a damaged file of the inverted index can end: in what is no ordinary exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_: object, **__: object) -> None:
+        raise PanicException("assertion failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lexical.tantivy, "Index", panics)
+        with pytest.raises(DamagedMemory, match="the index of words is damaged"):
+            Image(folder_of(memory_path))
+    image = Image(folder_of(memory_path))
+    broken = type("Broken", (), {"search": panics})()
+    monkeypatch.setattr(image.lexical, "_searcher", broken)
+    with pytest.raises(DamagedMemory, match="the index of words is damaged"):
+        image.lexical.best(image.lexical.query("violin number"), 3)
+    monkeypatch.setattr(lexical.tantivy, "Index", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Image(folder_of(memory_path))
 
 
 def test_missing_parts_are_made_again(memory_path: Path, encoder: FakeEncoder) -> None:
