@@ -179,7 +179,7 @@ def apply(
         committed = time.perf_counter()
         followed = False
         if tree.regrown is None:
-            with suppress(Outgrown):
+            with suppress(Outgrown), guard(store.path):  # tantivy tells a full disk by a ValueError
                 follow(folder, image, change, snapshot)
                 replace_folder(folder, cache / snapshot)
                 followed = True

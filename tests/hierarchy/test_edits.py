@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.fakes import FakeEncoder, documents
 
 from treemem.config import MODES, SearchConfig, TreeConfig
-from treemem.errors import DamagedMemory, InputError, StoreError
+from treemem.errors import DamagedMemory, InputError, OutOfSpace, StoreError
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
+from treemem.storage import follow as following
 from treemem.storage.follow import VECTORS
 from treemem.storage.image import Image
 from treemem.types import Document
@@ -225,6 +226,19 @@ def test_verify_sees_a_flipped_bit_of_the_image(memory: Memory, name: str) -> No
     if memory.image.fresh:  # it was noticed at once, and made anew
         return
     assert any("serving image" in fault for fault in memory.verify().faults)
+
+
+def test_a_disk_that_fills_when_the_words_follow(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise ValueError("Failed to open file for write: IoError { kind: StorageFull, No space left on device }")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(following, "update_index", full)
+        with pytest.raises(OutOfSpace, match="the disk is full"):
+            memory.remove([DOCUMENTS[0].id])
+    again = Memory.open(memory.store.path, encoder=ENCODER)  # committed it was, and the image is made now
+    assert DOCUMENTS[0].id not in again.ids()
+    sound(again)
 
 
 def test_masks(memory: Memory) -> None:
