@@ -532,25 +532,30 @@ class Memory:
         self._swap(Image(write_image(self.store, self._info.config, progress)))
 
     def mask(
-        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
+        progress: Progress = no_progress,
     ) -> EditReport:  # fmt: skip
         """Hide documents from searches and answers until `unmask`; the tree stays as it is."""
-        return self._hide(ids, where, message, MASKED)
+        return self._hide(ids, where, message, MASKED, progress)
 
     def unmask(
-        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None
+        self, ids: Iterable[str] = (), *, where: str | None = None, message: str | None = None,
+        progress: Progress = no_progress,
     ) -> EditReport:  # fmt: skip
         """Show documents again."""
-        return self._hide(ids, where, message, PRESENT)
+        return self._hide(ids, where, message, PRESENT, progress)
 
     @_retried
-    def _hide(self, ids: Iterable[str], where: str | None, message: str | None, value: int) -> EditReport:
+    def _hide(
+        self, ids: Iterable[str], where: str | None, message: str | None, value: int, progress: Progress
+    ) -> EditReport:
         with self._writing():
             numbers = [n for n in self._chosen(ids, where) if self.image.status[n] != value]
             named = tuple(self.image.record(number)["id"] for number in numbers)
             before = self.store.snapshot
             done = EditReport(before, masked=named) if value == MASKED else EditReport(before, unmasked=named)
-            return self._edited(done, message, status=masked_status(self.image, numbers, value))
+            status = masked_status(self.image, numbers, value)
+            return self._edited(done, message, status=status, progress=progress)
 
     @contextmanager
     def masked(self, ids: Iterable[str] = (), *, where: str | None = None) -> Iterator[Memory]:

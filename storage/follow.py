@@ -24,7 +24,7 @@ from treemem.storage.levels import as_float32
 from treemem.storage.lexical import Lexical, update_index
 from treemem.storage.schema import REMOVED
 from treemem.storage.signatures import append_signatures
-from treemem.storage.store import byte_spans, document_record
+from treemem.storage.store import document_rows
 
 VECTORS = "level-1-vectors"
 """The array of level 1 in float16, which edits need and searches do not: made by the first edit."""
@@ -111,22 +111,10 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def _append_documents(arrays: _Arrays, change: Change) -> None:
-    records = [document_record(new.document) for new in change.added]
-    texts = [new.document.text.encode() for new in change.added]
-    spans = [
-        (*characters, *bytes_)
-        for new in change.added
-        for characters, bytes_ in zip(new.spans, byte_spans(new.document.text, new.spans), strict=True)
-    ]
-    for name, of, lengths in (
-        ("text_ends", "text", [len(text) for text in texts]),
-        ("record_ends", "records", [len(record) for record in records]),
-        ("chunk_ends", "spans", [len(new.spans) for new in change.added]),
-    ):
-        arrays.append(name, arrays.rows[of] + np.cumsum(np.array(lengths, np.int64)))
-    arrays.append("text", np.frombuffer(b"".join(texts), np.uint8))
-    arrays.append("records", np.frombuffer(b"".join(records), np.uint8))
-    arrays.append("spans", np.array(spans, np.int64).reshape(-1, 4))
+    ends = {"text_ends": "text", "record_ends": "records", "chunk_ends": "spans"}
+    rows = document_rows(change.added, {name: arrays.rows[of] for name, of in ends.items()})
+    for name, own in rows.items():
+        arrays.append(name, own)
     arrays.append("id-tail", np.array([id_hash(new.document.id) for new in change.added], np.uint64))
 
 

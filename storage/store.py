@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ from treemem.storage.files import remove_stale_work, work_folder
 from treemem.storage.levels import Level, Spread
 from treemem.storage.remote import named, storage_of, url_of
 from treemem.storage.schema import (
+    ENDS,
     HIERARCHY_PARTS,
     MASKED,
     REMOVED,
@@ -553,6 +554,23 @@ class Store:
 
 def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings: Float[np.ndarray, "chunks d"]) -> None:
     """Add documents with their chunks and what the encoder gave for them, in order, behind those that are there."""
+    rows = document_rows(documents, {name: writer.array(of).shape[0] for name, of in ENDS.items()})
+    hashes = b"".join(document_hash(new.document) for new in documents)
+    parts: dict[str, np.ndarray] = {
+        **{f"documents/{name}": rows[name] for name in ("text", "records", *ENDS)},
+        "documents/hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 32),
+        "documents/status": np.zeros(len(documents), np.uint8),
+        "chunks/spans": rows["spans"],
+        "chunks/encodings": encodings.astype(np.float16),
+    }
+    together([partial(writer.append, name, own) for name, own in parts.items()])
+
+
+def document_rows(documents: Sequence[NewDocument], before: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """What documents add to the arrays of texts, records and spans, and where each ends in these.
+
+    `before`: for each of `ENDS` how long the array is already in which it counts.
+    """
     records = [document_record(new.document) for new in documents]
     texts = [new.document.text.encode() for new in documents]
     spans = [
@@ -560,24 +578,17 @@ def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings:
         for new in documents
         for characters, bytes_ in zip(new.spans, byte_spans(new.document.text, new.spans), strict=True)
     ]
-    hashes = b"".join(document_hash(new.document) for new in documents)
-    ends = {
-        "documents/text_ends": ("documents/text", [len(text) for text in texts]),
-        "documents/record_ends": ("documents/records", [len(record) for record in records]),
-        "documents/chunk_ends": ("chunks/spans", [len(new.spans) for new in documents]),
+    lengths = {
+        "text_ends": [len(text) for text in texts],
+        "record_ends": [len(record) for record in records],
+        "chunk_ends": [len(new.spans) for new in documents],
     }
-    parts: dict[str, np.ndarray] = {
-        name: writer.array(of).shape[0] + np.cumsum(np.array(lengths, np.int64)) for name, (of, lengths) in ends.items()
+    return {
+        "text": np.frombuffer(b"".join(texts), np.uint8),
+        "records": np.frombuffer(b"".join(records), np.uint8),
+        "spans": np.array(spans, np.int64).reshape(-1, 4),
+        **{name: before[name] + np.cumsum(np.array(own, np.int64)) for name, own in lengths.items()},
     }
-    parts |= {
-        "documents/text": np.frombuffer(b"".join(texts), np.uint8),
-        "documents/records": np.frombuffer(b"".join(records), np.uint8),
-        "documents/hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 32),
-        "documents/status": np.zeros(len(documents), np.uint8),
-        "chunks/spans": np.array(spans, np.int64).reshape(-1, 4),
-        "chunks/encodings": encodings.astype(np.float16),
-    }
-    together([partial(writer.append, name, rows) for name, rows in parts.items()])
 
 
 def write_levels(writer: Writer, levels: Sequence[Level], fanout: int, progress: Progress = no_progress) -> None:

@@ -54,13 +54,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove documents; older snapshots keep them (see forget)."""
-    from treemem import Memory
-
-    _require_some(ids, where)
-    with progress_of(as_json) as progress:
-        opened = Memory.open(memory, at=branch, progress=progress)
-        done = opened.remove(ids or [], where=where, message=message, progress=progress)
-    _tell(done, as_json)
+    _edit("remove", memory, ids, where, branch, message, as_json)
 
 
 @app.command()
@@ -95,12 +89,7 @@ def mask(
     as_json: AsJson = False,
 ) -> None:
     """Hide documents from searches and answers; nothing of them is lost."""
-    from treemem import Memory
-
-    _require_some(ids, where)
-    with progress_of(as_json) as progress:
-        done = Memory.open(memory, at=branch, progress=progress).mask(ids or [], where=where, message=message)
-    _tell(done, as_json)
+    _edit("mask", memory, ids, where, branch, message, as_json)
 
 
 @app.command()
@@ -113,12 +102,7 @@ def unmask(
     as_json: AsJson = False,
 ) -> None:
     """Show hidden documents again."""
-    from treemem import Memory
-
-    _require_some(ids, where)
-    with progress_of(as_json) as progress:
-        done = Memory.open(memory, at=branch, progress=progress).unmask(ids or [], where=where, message=message)
-    _tell(done, as_json)
+    _edit("unmask", memory, ids, where, branch, message, as_json)
 
 
 @app.command()
@@ -213,7 +197,7 @@ def tag(
     _names(memory, name, at, delete, as_json, "tags")
 
 
-def _names(memory: MemoryPath, name: str | None, at: str | None, delete: bool, as_json: bool, kind: str) -> None:
+def _names(memory: str, name: str | None, at: str | None, delete: bool, as_json: bool, kind: str) -> None:
     from treemem.storage import history as past
     from treemem.storage.remote import local_side
     from treemem.storage.store import MAIN, Store
@@ -282,7 +266,22 @@ def _require_some(ids: list[str] | None, where: str | None) -> None:
         raise InputError("name documents by their ids, or give --where")
 
 
-def _tell(done: EditReport, as_json: bool) -> None:
+def _edit(
+    method: str,
+    memory: str,
+    ids: list[str] | None,
+    where: str | None,
+    branch: str,
+    message: str | None,
+    as_json: bool,
+) -> None:
+    """Call a method of `Memory` that edits some documents, and say what it did."""
+    from treemem import Memory
+
+    _require_some(ids, where)
+    with progress_of(as_json) as progress:
+        opened = Memory.open(memory, at=branch, progress=progress)
+        done: EditReport = getattr(opened, method)(ids or [], where=where, message=message, progress=progress)
     if as_json:
         print_json(asdict(done))
     else:
