@@ -11,15 +11,18 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treemem import Memory
+from treemem.evaluation import load_set
 from treemem.evaluation.dataset import EvalQuery
 from treemem.evaluation.metrics import hit_at_k, right_chunks
+from treemem.hierarchy.walk import EmbeddedQuery, Searcher
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,6 +95,35 @@ def save(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> N
     path.with_suffix(".tmp").write_text(json.dumps(document, indent=1) + "\n")
     path.with_suffix(".tmp").rename(path)
     print(f"written: {path.relative_to(ROOT)}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A memory that is searched without what it has learned, and some embedded questions."""
+
+    name: str
+    split: str
+    memory: Memory
+    searcher: Searcher
+    queries: Sequence[EvalQuery]
+    embedded: list[EmbeddedQuery]
+
+
+def asked(options: argparse.Namespace, sets: Sequence[tuple[str, str]]) -> Iterator[Asked]:
+    """The chosen sets whose memories are there, one after the other.
+
+    Args:
+        options: with `sets` (None for all), `most` (questions of a set), and those that every benchmark has.
+        sets: names and splits.
+    """
+    for name, split in sets:
+        place = options.memories / name
+        if not place.exists() or (options.sets and name not in options.sets):
+            continue
+        memory = Memory.open(place)
+        searcher = Searcher(memory.image, memory.encoder, memory.config.chunk_tokens, memory.config.language)
+        queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
+        yield Asked(name, split, memory, searcher, queries, searcher.embed([query.text for query in queries]))
 
 
 def hits(memory: Memory, queries: Sequence[EvalQuery], found: Iterable[np.ndarray]) -> dict[str, float]:

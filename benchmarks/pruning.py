@@ -9,12 +9,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from common import RESULTS, arguments, hits, percentiles, save
+from common import RESULTS, arguments, asked, hits, percentiles, save
 
-from treemem import Memory
 from treemem.config import SearchConfig
-from treemem.evaluation import load_set
-from treemem.hierarchy.walk import Searcher
 from treemem.kernels import LexicalIndex, ServingTree, Signatures, back_end
 from treemem.storage.signatures import NODE_SHARE, kept_terms
 
@@ -143,16 +140,10 @@ def main() -> None:
     options = parser.parse_args()
     path = RESULTS / "pruning.json"
     found: dict[str, Any] = json.loads(path.read_text())["sets"] if path.exists() else {}
-    for name, split in SETS:
-        place = options.memories / name
-        if not place.exists() or (options.sets and name not in options.sets):
-            continue
-        memory = Memory.open(place)
-        image = memory.image
-        searcher = Searcher(image, memory.searcher.encoder, memory.config.chunk_tokens, memory.config.language)
-        queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
-        embedded = searcher.embed([query.text for query in queries])
-        idf = image.lexical.idf(np.arange(len(image.lexical.frequencies), dtype=np.int32))
+    for own_set in asked(options, SETS):
+        name, split, memory = own_set.name, own_set.split, own_set.memory
+        searcher, queries, embedded = own_set.searcher, own_set.queries, own_set.embedded
+        image, idf = memory.image, memory.image.lexical.all_idf()
         rows: dict[str, Any] = found.get(name, {}).get("variants", {})
         for way, make in variants(image.tree, image.lexical.index, idf):
             if options.ways and not any(part in way for part in options.ways):

@@ -7,12 +7,9 @@ import time
 from typing import Any
 
 import numpy as np
-from common import RESULTS, arguments, hits, percentiles, save
+from common import RESULTS, arguments, asked, hits, percentiles, save
 
-from treemem import Memory
 from treemem.config import Lexical, SearchConfig
-from treemem.evaluation import load_set
-from treemem.hierarchy.walk import Searcher
 
 # Development questions, of sets from small to large; those of scifact's train split, which has no other.
 SETS = (("fairytaleqa", "dev"), ("scifact", "train"), ("qmsum", "dev"), ("medquad", "dev"), ("wiki_multi", "dev,train"))
@@ -27,15 +24,9 @@ def main() -> None:
     options = parser.parse_args()
     path = RESULTS / "words.json"
     found: dict[str, Any] = json.loads(path.read_text())["sets"] if path.exists() else {}
-    for name, split in SETS:
-        place = options.memories / name
-        if not place.exists() or (options.sets and name not in options.sets):
-            continue
-        memory = Memory.open(place)
-        parts = (memory.image, memory.searcher.encoder, memory.config.chunk_tokens, memory.config.language)
-        searcher = Searcher(*parts)
-        queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
-        embedded = searcher.embed([query.text for query in queries])
+    for own_set in asked(options, SETS):
+        name, split, memory = own_set.name, own_set.split, own_set.memory
+        searcher, queries, embedded = own_set.searcher, own_set.queries, own_set.embedded
         oracle = [searcher.rank(query, SearchConfig("exact+bm25")).chunks[:10] for query in embedded]
         configs = [SearchConfig("walk"), *(SearchConfig(lexical=way) for way in WAYS)]
         ranked: list[list[np.ndarray]] = [[] for _ in configs]

@@ -254,7 +254,9 @@ def numbers_of(image: Image, ids: Iterable[str]) -> list[int]:
     for document_id in [ids] if isinstance(ids, str) else ids:
         number = image.number_of(document_id)
         if number is None:
-            raise InputError(f"document {document_id!r} is not in this memory; `treemem info` counts what is")
+            raise InputError(
+                f"document {document_id!r} is not in this memory; the results of `treemem search` show ids"
+            )
         out[number] = None
     return list(out)
 
