@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from treemem.config import SearchConfig
 from treemem.errors import InputError
-from treemem.hierarchy.context import labelled, passages
+from treemem.hierarchy.context import PassageText, gather_vectors, labelled, passages
 from treemem.hierarchy.embed import DEFAULT_ENCODER
 from treemem.hierarchy.generate import LanguageModel
 from treemem.hierarchy.prompt import (
     REFUSAL,
-    Message,
     Quote,
     bear_on,
     build_prompt,
@@ -27,10 +26,11 @@ from treemem.hierarchy.prompt import (
     ranked_sentences,
     without_thoughts,
 )
-from treemem.types import Answer, Context
+from treemem.types import Answer, Context, Passage, SearchResult
 
 if TYPE_CHECKING:
     from treemem.hierarchy.memory import Memory
+    from treemem.hierarchy.reader import How, ReadingModel
 
 
 DEFAULT_THRESHOLD = 1.7
@@ -67,12 +67,16 @@ class AskConfig:
                 raise InputError(f"{field} = {value!r}: it must be at least {accepted}")
 
 
+READER = AskConfig(neighbours=0, max_tokens=48)
+"""For models with a reader, which have learned to answer in a few words."""
 SMALL_MODEL = AskConfig(prompt="short with map", passage_tokens=500, neighbours=0, max_tokens=64)
 """For models under a billion parameters: few passages, examples in place of instructions (`benchmarks/prompts.py`)."""
 
 
-def config_for(model: LanguageModel | None) -> AskConfig:
-    """The settings that suit a model."""
+def config_for(model: LanguageModel | None, reading: object | None = None) -> AskConfig:
+    """The settings that suit a model, with a reader or without."""
+    if reading is not None:
+        return READER
     return SMALL_MODEL if model is not None and model.small else AskConfig()
 
 
@@ -84,6 +88,7 @@ def ask(
     config: AskConfig,
     within: Iterable[str] | None = None,
     on_text: Callable[[str], None] | None = None,
+    reader: tuple[ReadingModel, How] | None = None,
 ) -> Answer:
     """Answer a question from a memory.
 
@@ -95,6 +100,7 @@ def ask(
         config: how they are shown.
         within: ids of the documents to look in.
         on_text: is given the model's reply piece by piece as it comes, before it is checked.
+        reader: reads the memory for the model, and how; None asks the model as it is.
 
     Raises ModelError where the model fails.
     """
@@ -112,12 +118,17 @@ def ask(
     clock.lap("context")
     if model is None:
         return _quoted(_ranked(memory, question, context), context, config, clock)
-    budget = model.context_tokens - config.max_tokens
-    prompt = build_prompt(
-        question, context.levels, found, model.count_tokens, budget, style=config.prompt, markers=model.control_markers
-    )
-    context = Context(context.levels, prompt.context.passages)
-    reply = without_thoughts(_generate(model, prompt.messages, config.max_tokens, on_text, clock))
+    if reader is None:
+        budget = model.context_tokens - config.max_tokens
+        prompt = build_prompt(
+            question, context.levels, found, model.count_tokens, budget, style=config.prompt,
+            markers=model.control_markers,
+        )  # fmt: skip
+        context = Context(context.levels, prompt.context.passages)
+        stream = model.stream(prompt.messages, config.max_tokens)
+    else:
+        stream = _read(memory, *reader, question, result, found, config)
+    reply = without_thoughts(_generate(stream, on_text, clock))
     grounded = is_grounded(reply, question, context.passages)
     if is_refusal(reply, borne=grounded and is_marked(reply, context.passages)):
         return Answer(REFUSAL, (), context, True, False, False, clock.laps)
@@ -154,16 +165,35 @@ class _Clock:
         self._last = now
 
 
-def _generate(
-    model: LanguageModel,
-    messages: Sequence[Message],
-    max_tokens: int,
-    on_text: Callable[[str], None] | None,
-    clock: _Clock,
-) -> str:
+def _read(
+    memory: Memory,
+    reading: ReadingModel,
+    how: How,
+    question: str,
+    result: SearchResult,
+    found: Sequence[Passage],
+    config: AskConfig,
+) -> Iterator[str]:
+    """The reply of a model that is given vectors, passages or both."""
+    from treemem.hierarchy.reader import reader_prompt
+
+    own = reading.reader.config
+    given = None
+    if how != "text":
+        shape = (own.nodes, own.chunks, own.more)
+        given = gather_vectors(memory.image, memory.encoder, result.gathered, result.hits, shape)
+    texts = [PassageText(passage.document.title, passage.text) for passage in found[: own.chunks]]
+    most = reading.model.context_tokens - config.max_tokens
+    prompt = reader_prompt(
+        reading.model, question, () if how == "vectors" else texts, 0 if given is None else len(given), most
+    )
+    return reading.stream(how, prompt, given, config.max_tokens)
+
+
+def _generate(stream: Iterator[str], on_text: Callable[[str], None] | None, clock: _Clock) -> str:
     begin = time.perf_counter()
     pieces: list[str] = []
-    for piece in model.stream(messages, max_tokens):
+    for piece in stream:
         if not pieces:
             clock.laps["first_token"] = time.perf_counter() - begin
         pieces.append(piece)

@@ -6,15 +6,17 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64, Int64
 
+from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.prompt import content_words
-from treemem.hierarchy.walk import subtree
+from treemem.hierarchy.walk import below, subtree
 from treemem.storage.image import Image
+from treemem.storage.levels import unit
 from treemem.types import GatheredLevel, GatheredNode, Hit, Passage
 
 LABEL_WORDS = 5
@@ -151,3 +153,89 @@ def passages(
         )
         for number, (document, first, last, score) in enumerate(runs, 1)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a walk gathered, as vectors
+
+
+@dataclass(frozen=True)
+class PassageText:
+    """What of a passage a model is shown."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class GatheredVectors:
+    """Embeddings of all levels that one walk met, coarse to fine, best first in each level.
+
+    The best chunks come last, each as the vectors of its windows of tokens (level 0).
+    """
+
+    vectors: Float32[np.ndarray, "n d"]
+    levels: Int64[np.ndarray, " n"]
+    """0 for windows of a chunk's tokens, 1 for chunks, from 2 on for nodes."""
+    elements: Int64[np.ndarray, " n"]
+    """Numbers of the nodes, or of the chunks."""
+    places: Int64[np.ndarray, " n"]
+    """Which window of its chunk; 0 for others."""
+    ranks: Int64[np.ndarray, " n"]
+    """Of the node or chunk in what was gathered of its level."""
+    scores: Float32[np.ndarray, " n"]
+    """Of the walk."""
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+
+def gather_vectors(
+    image: Image, encoder: Encoder, gathered: Sequence[GatheredLevel], hits: Sequence[Hit], shape: tuple[int, int, int]
+) -> GatheredVectors:
+    """The embeddings that a language model is given of what a walk gathered.
+
+    Nothing in them comes from masked or removed documents: a node that has masked chunks below it is given as the mean
+    of the others.
+
+    Args:
+        image: the searched snapshot.
+        encoder: of the memory; reads the chunks' text for the vectors of their windows.
+        gathered: what the search kept of each level.
+        hits: its best chunks, best first.
+        shape: how many nodes of each upper level are given; how many of the best chunks, window by window; how many
+            chunks after them, as their one vector.
+    """
+    nodes, chunks, more = shape
+    parts: list[tuple[np.ndarray, int, int, int, int, float]] = []
+    for level in sorted(gathered, key=lambda level: -level.level):
+        for rank, node in enumerate(level.nodes[:nodes] if level.level > 1 else ()):
+            vector = _node_vector(image, level.level, node.node)
+            if vector is not None:
+                parts.append((vector, level.level, node.node, 0, rank, node.score))
+    blocks = image.tree.levels[-1]
+    for rank, hit in enumerate(hits[chunks : chunks + more], chunks):
+        parts.append((blocks.rows[hit.chunk] * np.float32(blocks.scales[hit.chunk]), 1, hit.chunk, 0, rank, hit.score))
+    windows = encoder.reader_vectors([hit.text for hit in hits[:chunks]])
+    for rank, (hit, vectors) in enumerate(zip(hits[:chunks], windows, strict=True)):
+        parts += [(vector, 0, hit.chunk, place, rank, hit.score) for place, vector in enumerate(vectors)]
+    return joined(parts, encoder.dimension)
+
+
+def joined(parts: Sequence[tuple[np.ndarray, int, int, int, int, float]], dimension: int) -> GatheredVectors:
+    """Gathered vectors from their parts: each a vector, its level, element, place, rank and score."""
+    vectors = np.array([part[0] for part in parts], np.float32).reshape(len(parts), dimension)
+    levels, elements, places, ranks = (np.array([part[i] for part in parts], np.int64) for i in range(1, 5))
+    return GatheredVectors(vectors, levels, elements, places, ranks, np.array([part[5] for part in parts], np.float32))
+
+
+def _node_vector(image: Image, level: int, node: int) -> np.ndarray | None:
+    """The vector of a node, without what is masked below it; None where all of it is."""
+    if image.hidden:
+        chunks = subtree(image, level, node)
+        if len(chunks) == 0:
+            return None
+        if len(chunks) < len(below(image, level, node)):
+            blocks = image.tree.levels[-1]
+            return unit((blocks.rows[chunks] * blocks.scales[chunks, None]).sum(0, keepdims=True))[0]
+    return image.node_vectors(level)[image.places(level)[node]].astype(np.float32)

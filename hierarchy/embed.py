@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 DEFAULT_ENCODER = "minilm"
 BATCH_TOKENS = 32 * 128
 """Padded tokens in one forward pass."""
+READER_WINDOW = 16
+"""Tokens behind one reader vector."""
+READER_VECTORS = 8
+"""Most reader vectors of a text: what lies behind their windows is left out."""
 _PROBE = "The quick brown Fox, naïve café: 3.14 €; 日本 don't"
 """How an encoder cuts it tells its tokenizer from others."""
 
@@ -273,6 +277,38 @@ class Encoder:
         for text, states in zip(texts, found, strict=True):
             self._check_finite([text], states.states.reshape(1, -1), "token states")
         return found
+
+    def reader_vectors(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "windows d"]]:
+        """What a language model reads in place of each text: a vector for every `READER_WINDOW` of its tokens.
+
+        A window's vector is the mean of its tokens' contextual states (as unit vectors), special tokens left out; at
+        most `READER_VECTORS` of a text, none of an empty one.
+
+        Raises ModelError where the model gives NaN or infinity.
+        """
+        import torch
+
+        out = [np.empty((0, self.dimension), np.float32)] * len(texts)
+        most = READER_WINDOW * READER_VECTORS
+        for rows, features, tokens in self._batches(texts, self._document_prompt):
+            given = self._forward(features, precise=False)["token_embeddings"]
+            # Each token's window, windows of all texts counted through; -1 for what is in none.
+            windows = torch.full(given.shape[:2], -1)
+            counts: list[int] = []
+            for i, own in enumerate(tokens):
+                places = [place for place, span in enumerate(own.spans) if span is not None][:most]
+                windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
+                counts.append(-(-len(places) // READER_WINDOW))
+            inside = (windows >= 0).to(given.device)
+            windows = windows.to(given.device)[inside]
+            states = torch.nn.functional.normalize(given[inside].float(), dim=1)
+            sums = states.new_zeros((sum(counts), self.dimension)).index_add_(0, windows, states)
+            means = (sums / torch.bincount(windows, minlength=len(sums))[:, None]).cpu().numpy()
+            for row, own_vectors in zip(rows, np.split(means, np.cumsum(counts)[:-1]), strict=True):
+                out[row] = own_vectors
+        for text, vectors in zip(texts, out, strict=True):
+            self._check_finite([text], vectors.reshape(1, -1), "reader vectors")
+        return out
 
     def _forward(self, features: dict[str, Any], precise: bool) -> dict[str, Any]:
         import torch

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import httpx
+from jaxtyping import Float
 from safetensors import SafetensorError
 
 from treemem.config import cache_folder
@@ -328,7 +329,7 @@ class LocalModel:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` as it would stand in a prompt, the template's own not counted."""
-        return len(self._encode(neutralise(text, self.control_markers)))
+        return len(self.encode(neutralise(text, self.control_markers)))
 
     def stream(
         self, messages: Sequence[Message], max_tokens: int, *, temperature: float = 0.0, seed: int = 0
@@ -344,36 +345,41 @@ class LocalModel:
         Raises:
             ModelError: prompt and reply do not fit into the context, or the model fails.
         """
+        import torch
+
         prompt = self.prompt_ids(messages)
-        if len(prompt) + max_tokens > self.context_tokens:
-            raise ModelError(
-                f"language model {self.name!r}: {len(prompt)} tokens of prompt and {max_tokens} of reply do not fit "
-                f"into its context of {self.context_tokens}; show it fewer passages or ask for a shorter reply"
-            )
-        return self._generate(prompt, max_tokens, temperature, seed)
+        self._require_room(len(prompt), max_tokens)
+        ids = torch.tensor([prompt], device=self.model.device)
+        return self._generate({"input_ids": ids}, len(prompt), max_tokens, temperature, seed)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered conversation; its only control tokens are those of the chat template."""
         clean = [Message(message.role, neutralise(message.content, self.control_markers)) for message in messages]
-        ids = self._encode(self._render(clean))
+        ids = self.encode(self.render(clean))
         # Whatever a tokenizer does to text before it looks for control tokens, none may come from a document.
-        skeleton = self._encode(self._render([Message(message.role, "x") for message in messages]))
-        if self._controls(ids) != self._controls(skeleton):
+        skeleton = self.encode(self.render([Message(message.role, "x") for message in messages]))
+        if self.controls(ids) != self.controls(skeleton):
             raise ModelError(
                 f"language model {self.name!r}: a passage or the question holds control tokens that cannot be broken; "
                 "ask with another model or 'none'"
             )
         return ids
 
-    def _controls(self, ids: Sequence[int]) -> list[int]:
+    def controls(self, ids: Sequence[int]) -> list[int]:
+        """The control tokens among ids."""
         return [number for number in ids if number in self._control_ids]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without special tokens added."""
         # Half surrogates are no text to a tokenizer.
         text = text.encode("utf-8", "replace").decode("utf-8")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message]) -> str:
+        """The conversation by the chat template, ready for the reply.
+
+        Raises ModelError where the template fails.
+        """
         if self.tokenizer.chat_template is None:  # a base model: it goes on from plain text
             return "\n\n".join([*(message.content for message in messages), "Answer:"])
         try:
@@ -385,7 +391,7 @@ class LocalModel:
                 ) from error
         # Some templates know no system role: its text goes in front of the first question.
         first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
-        return self._render([first, *messages[2:]])
+        return self.render([first, *messages[2:]])
 
     def _template(self, messages: Sequence[Message]) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -394,11 +400,40 @@ class LocalModel:
         )
         return str(rendered)
 
-    def _generate(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def stream_embedded(self, embeds: Float[torch.Tensor, "1 n width"], max_tokens: int) -> Iterator[str]:
+        """Pieces of the reply to a prompt that is given as input embeddings, the likeliest token always.
+
+        Raises:
+            ModelError: prompt and reply do not fit into the context, or the model fails.
+        """
+        self._require_room(embeds.shape[1], max_tokens)
+        return self._generate({"inputs_embeds": embeds}, 0, max_tokens, 0.0, 0)
+
+    def _require_room(self, prompt: int, reply: int) -> None:
+        if prompt + reply > self.context_tokens:
+            raise ModelError(
+                f"language model {self.name!r}: {prompt} tokens of prompt and {reply} of reply do not fit "
+                f"into its context of {self.context_tokens}; show it fewer passages or ask for a shorter reply"
+            )
+
+    def _generate(
+        self, inputs: dict[str, torch.Tensor], length: int, max_tokens: int, temperature: float, seed: int
+    ) -> Iterator[str]:
+        """Run the model on a prompt of ids or of embeddings.
+
+        Args:
+            inputs: the prompt as `generate` takes it.
+            length: how many ids stand before the reply in what `generate` keeps: none of a prompt of embeddings.
+            max_tokens: most tokens of the reply.
+            temperature: 0 takes the likeliest token always.
+            seed: of the sampling.
+        """
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
         worker = threading.Thread(
-            target=self._work, args=(prompt, max_tokens, temperature, seed, tokens, stop), name="treemem-generate"
+            target=self._work,
+            args=(inputs, length, max_tokens, temperature, seed, tokens, stop),
+            name="treemem-generate",
         )
         worker.start()
         text = _TextSoFar(self.tokenizer)
@@ -418,7 +453,8 @@ class LocalModel:
 
     def _work(
         self,
-        prompt: list[int],
+        inputs: dict[str, torch.Tensor],
+        length: int,
         max_tokens: int,
         temperature: float,
         seed: int,
@@ -435,14 +471,14 @@ class LocalModel:
             with self._turn, torch.inference_mode(), torch.random.fork_rng(enabled=temperature > 0):
                 if temperature > 0:
                     torch.manual_seed(seed)
-                ids = torch.tensor([prompt], device=self.model.device)
+                shape = next(iter(inputs.values())).shape[:2]
                 self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
+                    **inputs,
+                    attention_mask=torch.ones(shape, dtype=torch.long, device=self.model.device),
                     max_new_tokens=max_tokens,
                     streamer=_tokens_into(tokens),
                     stopping_criteria=_stopping(stop),
-                    logits_processor=_processors(self.decoding, len(prompt)),
+                    logits_processor=_processors(self.decoding, length),
                     **sampling,
                 )
         except BaseException as error:

@@ -30,7 +30,7 @@ TWO_STAGE_NODES = 4096
 """From this many nodes on, k-means first splits the elements into about sqrt(nodes) cells."""
 LARGE_CELL = 4
 """A cell of more than this many times the mean size is split: equal vectors all fall into one."""
-CELL_NEIGHBOURS = 12
+CELL_NEIGHBOURS = 32
 """From how many of the nearest cells an element's candidate nodes come."""
 SOAR_WEIGHT = 3.0
 """How much more a further node costs an element whose residual there is parallel to that in its first node."""

@@ -22,7 +22,7 @@ from treemem.errors import Conflict, DamagedMemory, InputError, ModelError, Stor
 from treemem.hierarchy.ask import AskConfig, ask, config_for
 from treemem.hierarchy.build import alone, build, check_encoder, require_free, write_image
 from treemem.hierarchy.edits import EditReport, apply, compact, encode, masked_status, numbers_of, recall, sort_out
-from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, load_encoder
+from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, EncoderInfo, load_encoder
 from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LanguageModel, load_language_model
 from treemem.hierarchy.migrations import migrate
 from treemem.hierarchy.readers import ReadReport, read
@@ -339,8 +339,10 @@ class Memory:
         within: Iterable[str] | None = None,
         where: str | None = None,
         max_tokens: int | None = None,
+        threshold: float | None = None,
         config: AskConfig | None = None,
         on_text: Callable[[str], None] | None = None,
+        reader: str = "auto",
     ) -> Answer:
         """Answer a question from the memory, with citations.
 
@@ -353,8 +355,12 @@ class Memory:
             within: ids of the documents to look in.
             where: look in the documents whose metadata meet this; see `search`.
             max_tokens: longest reply.
+            threshold: least score of the best hit, in the scores of `mode`; None for what is known of the memory.
             config: everything else about asking; what suits the model if none is given.
             on_text: is given the reply piece by piece as the model writes it, before it is checked.
+            reader: what the model is given of the memory: `text`, `vectors` or `both`, through the packaged reader; a
+                folder, or `vectors@FOLDER`, for another; `none` asks the model as it is; `auto` takes what measured
+                best, where a reader fits the model. See `treemem.hierarchy.reader.choose_reader`.
 
         Raises:
             UnknownModel: there is no such language model.
@@ -366,12 +372,19 @@ class Memory:
                 if (llm, llm_url) not in self._models:
                     self._models[llm, llm_url] = self.language_model(llm, url=llm_url)
                 llm = self._models[llm, llm_url]
-        config = config or config_for(llm)
+        reading = None
+        if reader != "none":
+            from treemem.hierarchy.reader import choose_reader  # torch is slow to import, and quotes need none of it
+
+            reading = choose_reader(reader, llm, EncoderInfo(**self.store.info().encoder))
+        config = config or config_for(llm, reading)
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)
+        if threshold is not None:
+            config = replace(config, threshold=threshold)
         search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
         here = self._as_it_is(encoder=True)
-        return ask(here, question, llm, search, config, here._restricted(within, where), on_text)
+        return ask(here, question, llm, search, config, here._restricted(within, where), on_text, reading)
 
     def document(self, document_id: str) -> Document:
         """A whole document.

@@ -216,28 +216,30 @@ class Prompt:
     context: Context
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """`text` with its blanks and line breaks made single blanks."""
     return " ".join(text.split())
 
 
 _ROUND = str.maketrans("[]", "()")
 
 
-def _shown(text: str, markers: Sequence[str]) -> str:
+def shown_text(text: str, markers: Sequence[str]) -> str:
     """`text` on one line, without control tokens and without bracketed numbers that would pass for citations."""
     # Those of code, `argv[1]` and `f()[1]`, stay.
-    bare = re.sub(r"(?<![^\W\d])(?<![)\]])(?:\[\d{1,3}\])+", lambda m: m[0].translate(_ROUND), _one_line(text))
+    bare = re.sub(r"(?<![^\W\d])(?<![)\]])(?:\[\d{1,3}\])+", lambda m: m[0].translate(_ROUND), one_line(text))
     return neutralise(bare, markers)
 
 
-def _passage_line(number: int, title: str, text: str) -> str:
+def passage_line(number: int, title: str, text: str) -> str:
+    """How a numbered passage is put before a model."""
     return f"[{number}] {title}: {text}" if title else f"[{number}] {text}"
 
 
 def _map_lines(levels: Sequence[GatheredLevel], markers: Sequence[str]) -> list[str]:
     lines = []
     for level in levels:
-        labels = "; ".join(_shown(node.label, markers) for node in level.nodes)
+        labels = "; ".join(shown_text(node.label, markers) for node in level.nodes)
         lines.append(f"Level {level.level}: {labels}")
     return lines
 
@@ -346,11 +348,11 @@ def build_prompt(
         InputError: the budget does not hold even the instructions.
     """
     chosen = prompt_style(style) if isinstance(style, str) else style
-    asked = neutralise(_one_line(question), markers)
+    asked = neutralise(one_line(question), markers)
     asked = _cut(asked, lambda text: count_tokens(text) <= budget_tokens // 2)
     shown = _labelled(levels, chosen.map_labels) if chosen.map_labels else []
     kept = list(passages[: chosen.passages])
-    lines = [_passage_line(p.number, _shown(p.document.title, markers), _shown(p.text, markers)) for p in kept]
+    lines = [passage_line(p.number, shown_text(p.document.title, markers), shown_text(p.text, markers)) for p in kept]
 
     def room(map_levels: Sequence[GatheredLevel], passage_lines: Sequence[str]) -> int:
         messages = _messages(chosen, asked, _map_lines(map_levels, markers), passage_lines)
@@ -377,12 +379,12 @@ def _only_start(
     passage: Passage, fits: Callable[[str], bool], markers: Sequence[str]
 ) -> tuple[list[Passage], list[str]]:
     """As much of the start of a passage as fits, and its line; nothing where not even one word does."""
-    title = _shown(passage.document.title, markers)
+    title = shown_text(passage.document.title, markers)
     words = _word_ends(passage.text)
     low, high = 0, len(words) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(_passage_line(passage.number, title, _shown(passage.text[: words[middle - 1]], markers))):
+        if fits(passage_line(passage.number, title, shown_text(passage.text[: words[middle - 1]], markers))):
             low = middle
         else:
             high = middle
@@ -391,7 +393,7 @@ def _only_start(
     text = passage.text[: words[low - 1]]
     span = (passage.span[0], passage.span[0] + len(text))
     cut = Passage(passage.number, passage.document, span, text, passage.score)
-    return [cut], [_passage_line(passage.number, title, _shown(text, markers))]
+    return [cut], [passage_line(passage.number, title, shown_text(text, markers))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,7 +543,7 @@ def ranked_sentences(
     if len(candidates) > MOST_SENTENCES:
         best = sorted(sorted(range(len(candidates)), key=lambda i: (-overlap[i], i))[:MOST_SENTENCES])
         candidates, overlap = [candidates[i] for i in best], [overlap[i] for i in best]
-    texts = [_one_line(f"{sentence.heading} {sentence.text}") for sentence in candidates]
+    texts = [one_line(f"{sentence.heading} {sentence.text}") for sentence in candidates]
     vectors = np.asarray(embed([question, *texts]), dtype=np.float32)
     scores = vectors[1:] @ vectors[0] + OVERLAP_WEIGHT * np.asarray(overlap, dtype=np.float32)
     scores += PASSAGE_WEIGHT * np.asarray([sentence.passage.score for sentence in candidates], dtype=np.float32)
@@ -558,8 +560,8 @@ def quoted(quotes: Sequence[Quote]) -> str:
     """Quotes as an answer, one `heading: "…" [n]` a line; the refusal where there are none."""
     lines = []
     for quote in quotes:
-        heading = f"{_one_line(quote.heading)}: " if quote.heading else ""
-        lines.append(f'{heading}"{_one_line(quote.citation.text)}" [{quote.citation.number}]')
+        heading = f"{one_line(quote.heading)}: " if quote.heading else ""
+        lines.append(f'{heading}"{one_line(quote.citation.text)}" [{quote.citation.number}]')
     return "\n".join(lines) or REFUSAL
 
 
@@ -580,7 +582,7 @@ def _distinct(sentences: Iterable[_Sentence]) -> list[_Sentence]:
 
 def _folded(text: str) -> str:
     """Texts that read the same give the same."""
-    return _one_line(text).casefold()
+    return one_line(text).casefold()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,10 +652,10 @@ def is_refusal(reply: str, *, borne: bool = False) -> bool:
         borne: whether it is grounded and marked with a passage: then a sentence that tells what something does not
             hold or say is taken for an answer.
     """
-    bare = _one_line(_MARK.sub("", reply))
+    bare = one_line(_MARK.sub("", reply))
     if _folded(REFUSAL).rstrip(".") in _first_sentence(bare).casefold():
         return True
-    first = _first_sentence(_one_line(_SPEECH.sub(" ", bare)))
+    first = _first_sentence(one_line(_SPEECH.sub(" ", bare)))
     return bool(_UNKNOWING.search(first) or (not borne and _REFUSING.search(first)))
 
 

@@ -584,9 +584,15 @@ def _encodable(text: str) -> str:
 
 def subtree(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:
     """The chunks below a node of level 2 or higher, each once, in order; hidden ones are left out."""
+    nodes = below(image, level, node)
+    return nodes[image.visible[nodes] != 0] if image.hidden else nodes
+
+
+def below(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:
+    """The chunks below a node of level 2 or higher, each once, in order, hidden ones too."""
     nodes = np.array([image.places(level)[node]])
     for blocks in image.tree.levels[image.tree.depth - level + 1 :]:
         nodes = np.unique(
             np.concatenate([blocks.ids[blocks.offsets[n] : blocks.offsets[n + 1]] for n in nodes])
         ).astype(np.int64)
-    return nodes[image.visible[nodes] != 0] if image.hidden else nodes
+    return nodes

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +58,13 @@ Llm = Annotated[
     str, typer.Option(help="Language model: smollm2, none, a folder, a transformers id, or a name at --llm-url.")
 ]
 LlmUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://localhost:8080/v1.")]
+ReaderName = Annotated[
+    str,
+    typer.Option(
+        "--reader",
+        help="What the model is given of the memory: text, vectors, both; a folder; vectors@FOLDER; none; auto.",
+    ),
+]
 EncoderName = Annotated[str, typer.Option("--encoder", help="minilm, a folder, or a sentence-transformers id.")]
 
 
@@ -255,6 +262,7 @@ def ask(
     within: Within = None,
     where: Where = None,
     at: At = None,
+    reader: ReaderName = "auto",
     max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
     threshold: Annotated[
         float | None,
@@ -267,14 +275,13 @@ def ask(
 ) -> None:
     """Answer a question from the memory, with citations."""
     from treemem import Memory
-    from treemem.hierarchy.ask import config_for
 
     question = _read_query(question)
     with progress_of(as_json) as progress:
         opened = Memory.open(memory, at=at, progress=progress)
         model = opened.language_model(llm, url=llm_url, progress=progress)
     options = {"mode": mode, "beam": beam, "within": within, "where": where, "max_tokens": max_tokens}
-    _ask(opened, question, model, as_json, config=replace(config_for(model), threshold=threshold), **options)
+    _ask(opened, question, model, as_json, threshold=threshold, reader=reader, **options)
 
 
 @app.command()
@@ -312,6 +319,10 @@ def evaluate(
     modes: Annotated[str, typer.Option(help="Modes to compare, separated by commas.")] = "walk,exact,bm25,hybrid",
     max_queries: Annotated[int | None, typer.Option(help="At most so many queries, drawn at random.")] = None,
     answers: Annotated[bool, typer.Option("--answers", help="Ask the language model too.")] = False,
+    readers: Annotated[
+        bool, typer.Option("--readers", help="With --answers: what the model says from nothing, vectors, text, both.")
+    ] = False,
+    reader: ReaderName = "auto",
     llm: Llm = "smollm2",
     llm_url: LlmUrl = None,
     within_document: Annotated[
@@ -334,6 +345,8 @@ def evaluate(
             modes=[mode.strip() for mode in modes.split(",") if mode.strip()],
             max_queries=max_queries,
             answers=answers,
+            readers=readers,
+            reader=reader,
             llm=llm,
             llm_url=llm_url,
             within_document=within_document,
@@ -569,7 +582,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
     out.print(f"[dim]{sum(s for step, s in answer.timings.items() if step != 'first_token'):.1f} s[/]")
 
 
-from treemem import cli_edit  # noqa: E402, F401 - its commands belong to `app`
+from treemem import cli_edit, cli_reader  # noqa: E402, F401 - their commands belong to `app`
 
 if __name__ == "__main__":
     main()

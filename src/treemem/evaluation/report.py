@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from treemem.evaluation.readers import Gates
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class EvalReport:
     notes: tuple[str, ...] = ()
     """What a reader of the figures should know."""
     answers: AnswerFigures | None = field(default=None)
+    gates: Gates | None = field(default=None)
+    """What readers are worth, where that was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON of `treemem eval --json`; `answers` is empty where the model was not asked."""
@@ -137,6 +142,7 @@ class EvalReport:
                 for name, own in self.by_source.items()
             },
             "answers": {} if self.answers is None else asdict(self.answers),
+            "readers": {} if self.gates is None else self.gates.to_json(),
             "encode_ms": self.encode_ms,
             "settings": dict(self.settings),
             "notes": list(self.notes),
@@ -246,6 +252,12 @@ def print_report(report: EvalReport, console: Console) -> None:
         console.print(_level_table(report.per_level_recall))
     if report.answers is not None:
         console.print(_answer_table(report.answers))
+    if report.gates is not None:
+        from treemem.evaluation.readers import gate_table
+
+        console.print(gate_table(report.gates))
+        for gate, holds in report.gates.verdicts.items():
+            console.print(f"  {gate}: {'yes' if holds else 'no'}")
     judged = ", ".join(f"{kind} {count:,}" for kind, count in report.judged_by.items())
     encoded = f"; a query is encoded in {report.encode_ms:.1f} ms" if report.encode_ms else ""
     for note in (f"shares in %; queries judged by {judged}{encoded}", *report.notes):

@@ -30,6 +30,8 @@ def run(
     modes: Sequence[str] | None = None,
     max_queries: int | None = None,
     answers: bool = False,
+    readers: bool = False,
+    reader: str = "auto",
     llm: str = DEFAULT_LANGUAGE_MODEL,
     llm_url: str | None = None,
     within_document: bool = False,
@@ -49,6 +51,8 @@ def run(
         modes: modes of search, and `rrf`.
         max_queries: at most so many queries, drawn at random; for answers, from those that have gold answers.
         answers: ask the questions too.
+        readers: with answers: compare what the model says from nothing, from vectors, from text and from both.
+        reader: as `Memory.ask` takes it.
         llm: language model for the answers, by name.
         llm_url: an OpenAI-compatible endpoint that serves it.
         within_document: search and ask inside each query's relevant documents.
@@ -67,6 +71,8 @@ def run(
     eval_set = load_set(folder, split, progress)
     eval_set.sample(max_queries, seed)
     SearchConfig(beam=beam)
+    if readers and not answers:
+        raise InputError("--readers: it compares answers; add --answers")
     if answers:
         eval_set.with_answers()
         model = load_language_model(llm, url=llm_url, notify=lambda stage: progress(stage, 0, None))
@@ -87,10 +93,21 @@ def run(
 
     def ask(query: EvalQuery) -> Answer:
         known = [document for document in query.relevant if memory.image.number_of(document) is not None]
-        return memory.ask(query.text, llm=model, beam=beam, within=known if within_document else None)
+        return memory.ask(query.text, llm=model, beam=beam, within=known if within_document else None, reader=reader)
 
+    gates = None
+    if readers:
+        from treemem.evaluation.readers import evaluate_readers
+        from treemem.hierarchy.reader import choose_reader
+
+        chosen = choose_reader("text" if reader == "auto" else reader, model, memory.recorded_encoder.info)
+        if chosen is None:
+            raise InputError("--readers: it compares what a reader does with the memory; name one with --reader")
+        gates = evaluate_readers(
+            memory, eval_set, chosen[0], beam=beam, max_queries=max_queries, seed=seed, progress=progress
+        )
     figures = evaluate_answers(eval_set, ask, max_queries=max_queries, seed=seed, progress=progress)
-    return replace(report, answers=figures, settings={**report.settings, "llm": llm, "llm_url": llm_url})
+    return replace(report, answers=figures, gates=gates, settings={**report.settings, "llm": llm, "llm_url": llm_url})
 
 
 def _built(eval_set: EvalSet, encoder: str, progress: Progress) -> Memory:

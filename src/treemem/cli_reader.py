@@ -1,0 +1,87 @@
+"""The commands that teach a language model to read a memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treemem.cli import AsJson, MemoryPath, app, out, print_json, progress_of, shown
+from treemem.errors import InputError
+
+
+@app.command(name="train-reader")
+def train_reader(
+    memory: MemoryPath,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A data set in BEIR layout, with answers: trains on its train.")
+    ] = None,
+    examples: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Train on these gathered examples too.")
+    ] = None,
+    save_examples: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the gathered examples here and stop, to train elsewhere.")
+    ] = None,
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the reader.")] = Path("my.reader"),
+    llm: Annotated[str, typer.Option(help="Language model: smollm2, a folder, or a transformers id.")] = "smollm2",
+    minutes: Annotated[float, typer.Option(min=0.1, help="Train so long.")] = 25,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    judges: Annotated[int, typer.Option(min=1, help="At most so many held-out questions.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Teach a language model to answer from a memory's passages and embeddings; an interrupted run goes on."""
+    from dataclasses import asdict, replace
+
+    from treemem import Memory
+    from treemem.evaluation.readers import answered, answered_questions, gate_table, judge
+    from treemem.hierarchy.generate import LocalModel, load_language_model
+    from treemem.hierarchy.reader import HOW, ReadingModel, save_reader
+    from treemem.training.examples import Examples, gather_examples, text_examples
+    from treemem.training.reader import ReaderTrainer, ReaderTraining
+
+    with progress_of(as_json) as progress:
+        opened = Memory.open(memory, progress=progress)
+        questions, held_out = ([], None) if dataset is None else answered_questions(str(dataset), progress)
+        gathered = gather_examples(opened, questions, progress=progress)
+        if not questions:
+            documents = (opened.document(name) for name in opened.ids())
+            limit, language = opened.config.chunk_tokens, opened.config.language
+            gathered = text_examples(documents, opened.encoder, limit, language, most=20_000)
+        if save_examples is not None:
+            gathered.save(save_examples)
+            out.print(f"{shown(str(save_examples))}: {len(gathered.rows):,} questions, {len(gathered.texts):,} chunks")
+            return
+        sets = [gathered, *(Examples.load(folder) for folder in examples or [])]
+
+        def loaded() -> LocalModel:
+            model = load_language_model(llm, device=device, notify=lambda stage: progress(stage, 0, None))
+            if not isinstance(model, LocalModel):
+                raise InputError(f"--llm {llm}: a reader adapts a model on this machine; name one")
+            return model
+
+        config = ReaderTraining(minutes=minutes, seed=seed)
+        trainer = ReaderTrainer(loaded(), opened.encoder, sets, save, config=config, device=device, progress=progress)
+        reader = trainer.fit()
+        gates = None
+        if held_out is not None:
+            asked = gather_examples(opened, answered(held_out.sample(judges, seed).queries), progress=progress)
+            asked.read(opened.encoder, progress)
+            gates = judge(ReadingModel(loaded(), reader), asked, progress=progress)
+            f1 = {name: own.f1 for name, own in gates.figures.items()}
+            best = max(HOW, key=lambda how: (f1[how], how == "text"))
+            reader.config = replace(reader.config, best=best)
+        reader.card = {
+            "summary": f"Trained for {minutes:g} minutes on {sum(len(own.rows) for own in sets):,} questions.",
+            "data": {"memory": Path(memory).name, "chunks": sum(len(own.texts) for own in sets)},
+            "settings": asdict(config),
+            "figures": {} if gates is None else {name: asdict(own) for name, own in gates.figures.items()},
+        }
+        save_reader(reader, save)
+    if as_json:
+        print_json({"reader": str(save), "gates": None if gates is None else gates.to_json()})
+        return
+    if gates is not None:
+        out.print(gate_table(gates))
+    out.print(f'{shown(str(save))}: ask with  treemem ask {shown(memory)} "…" --reader {shown(str(save))}')

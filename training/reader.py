@@ -1,0 +1,655 @@
+"""Training a reader: a language model learns to answer from passages, then from the embeddings of all levels.
+
+Three stages share the time. `text`: an adapter learns to answer from the passages that searches gave. `reading`: the
+projection and a second adapter learn to give back a chunk's text from its vectors (as in-context autoencoders do, Ge et
+al. 2023), to go on where it ends, and to fill gaps in it. `answering`: both learn to answer questions from the vectors
+of real searches, by the right answer and by what the first adapter says that has read the text (distillation, Hinton
+et al. 2015); in some examples the text is there too, so that both can be used together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from treemem.errors import InputError, MissingPackage
+from treemem.hierarchy.context import GatheredVectors, PassageText, joined
+from treemem.hierarchy.embed import Encoder
+from treemem.hierarchy.generate import LocalModel
+from treemem.hierarchy.reader import (
+    ADAPTERS,
+    PROJECTION_FILE,
+    How,
+    Reader,
+    ReaderConfig,
+    ReaderPrompt,
+    ReadingModel,
+    embedding_scale,
+    generate_many,
+    model_id,
+    reader_prompt,
+    save_reader,
+    tensors,
+)
+from treemem.training.examples import Examples
+from treemem.training.train import accelerator, quiet
+from treemem.types import Progress, no_progress
+
+Task = Literal["text", "restore", "continue", "fill", "vectors", "both"]
+STAGES = ("text", "reading", "answering")
+MIXTURES: dict[str, dict[Task, float]] = {
+    "text": {"text": 1.0},
+    "reading": {"restore": 0.5, "continue": 0.15, "fill": 0.35},
+    "answering": {"vectors": 0.6, "both": 0.15, "restore": 0.05, "fill": 0.2},
+}
+"""Shares of the examples of each stage."""
+INSTRUCTIONS: dict[Task, str] = {
+    "restore": "Write down the text that the memory holds.",
+    "continue": "Write how the text goes on.",
+}
+_FACT = re.compile(r"(?<=[\w,;] )(?:[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+)*|\d[\d,.]*\d|\d+)(?=[ .,;:!?])")
+"""A name or number inside a sentence: what is left out of it to be filled in."""
+
+
+@dataclass(frozen=True)
+class ReaderTraining:
+    """How long and with what a reader is trained."""
+
+    minutes: float = 25.0
+    """Of all stages together; what the preparation takes is not counted."""
+    steps: int | None = None
+    """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
+    shares: tuple[float, float, float] = (0.3, 0.3, 0.4)
+    """Of the time, for `text`, `reading` and `answering`."""
+    batch_tokens: int = 24576
+    """Most tokens in a batch, padding included."""
+    batch: int = 192
+    """Most examples in a batch."""
+    rate: float = 5e-4
+    """Highest learning rate of the adapters."""
+    projection_rate: float = 1e-3
+    weight_decay: float = 0.01
+    text_tokens: int = 900
+    """Most tokens of a prompt with passages."""
+    answer_tokens: int = 48
+    """Most tokens of an answer."""
+    distil: float = 0.5
+    """Weight of the distillation beside the likelihood of the right answer."""
+    teacher: int = 32
+    """How many of the likeliest tokens of the teacher are kept."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0 or (self.steps is not None and self.steps < 1):
+            raise InputError(f"minutes = {self.minutes}, steps = {self.steps}: they must be above 0")
+
+
+@dataclass
+class Drawn:
+    """One example as the model is trained on it."""
+
+    prompt: ReaderPrompt
+    given: GatheredVectors | None
+    target: list[int]
+    teacher: tuple[np.ndarray, np.ndarray] | None = None
+    """Likeliest tokens at each place of the target, and their logarithms of probability."""
+
+
+@dataclass
+class Batch:
+    """Some examples, padded on the right."""
+
+    ids: Int64[Tensor, "b n"]
+    mask: Int64[Tensor, "b n"]
+    wanted: Int64[Tensor, "m 2"]
+    """Row and place of the states that predict the targets."""
+    targets: Int64[Tensor, " m"]
+    vector_places: Int64[Tensor, "v 2"]
+    vectors: tuple[Tensor, ...] | None
+    taught: Bool[Tensor, " m"]
+    teacher_ids: Int64[Tensor, "m k"]
+    teacher_logs: Float[Tensor, "m k"]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "vectors"
+        }
+        vectors = None if self.vectors is None else tuple(part.to(device, non_blocking=True) for part in self.vectors)
+        return Batch(**moved, vectors=vectors)
+
+
+class ReaderData:
+    """Draws examples of every task."""
+
+    def __init__(
+        self, model: LocalModel, sets: Sequence[Examples], config: ReaderTraining, reader: ReaderConfig
+    ) -> None:
+        """Prepare what is drawn from.
+
+        Args:
+            model: its tokenizer and chat template are used.
+            sets: examples whose vectors were read.
+            config: sizes.
+            reader: how much a model is given.
+        """
+        self.model = model
+        self.sets = list(sets)
+        self.config = config
+        self.shape = (reader.nodes, reader.chunks, reader.more)
+        self.passages = reader.chunks
+        self.questions = [(s, r) for s, own in enumerate(sets) for r, row in enumerate(own.rows) if any(row.answers)]
+        self.chunks = [(s, c) for s, own in enumerate(sets) for c, text in enumerate(own.texts) if len(text) > 40]
+        self.teacher: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        ends = model.model.generation_config.eos_token_id
+        self.end = ends[0] if isinstance(ends, list) else int(ends)
+
+    def target(self, text: str, most: int | None = None, *, ended: bool = True) -> list[int]:
+        """Token ids of what is to be said, with the end mark where all of it fits."""
+        most = most or self.config.answer_tokens
+        ids = self.model.encode(text)
+        return [*ids[:most], *([self.end] if ended and len(ids) <= most else [])]
+
+    def question(self, where: tuple[int, int], how: How, rng: np.random.Generator | None = None) -> Drawn:
+        """A question as it is asked; with fewer passages at times where random numbers are given."""
+        own = self.sets[where[0]]
+        row = own.rows[where[1]]
+        count = 0
+        if how != "vectors":
+            count = self.passages if rng is None else int(rng.integers(1, self.passages + 1))
+        given = own.given(row, self.shape) if how != "text" else None
+        most = self.config.text_tokens + (len(given) if given is not None else 0)
+        prompt = reader_prompt(self.model, row.question, row.passages[:count], 0 if given is None else len(given), most)
+        answer = min(row.answers, key=len) if rng is None else row.answers[rng.integers(len(row.answers))]
+        return Drawn(prompt, given, self.target(answer))
+
+    def draw(self, task: Task, rng: np.random.Generator) -> Drawn | None:
+        """One example of a task; None where the drawn chunk does not serve."""
+        if task in ("text", "vectors", "both"):
+            where = self.questions[rng.integers(len(self.questions))]
+            if task == "text":
+                return self.question(where, "text", rng)
+            taught = where in self.teacher
+            drawn = self.question(where, task, None if taught else rng)
+            if taught:
+                drawn.teacher = self.teacher[where]
+            return drawn
+        s, chunk = self.chunks[rng.integers(len(self.chunks))]
+        own = self.sets[s]
+        text = own.texts[chunk]
+        if task == "restore":
+            return self._about(own, [chunk], INSTRUCTIONS[task], self.target(text, 160))
+        if task == "continue":
+            if chunk == 0 or not own.follows[chunk]:
+                return None
+            return self._about(own, [chunk - 1], INSTRUCTIONS[task], self.target(text, 64))
+        facts = list(_FACT.finditer(text))
+        if not facts:
+            return None
+        fact = facts[rng.integers(len(facts))]
+        begin = max(text.rfind(". ", 0, fact.start()) + 2 if ". " in text[: fact.start()] else 0, fact.start() - 120)
+        stop = text.find(". ", fact.end())
+        stop = min(stop + 1 if stop >= 0 else len(text), fact.end() + 60)
+        gap = f"{text[begin : fact.start()]}___{text[fact.end() : stop]}"
+        others = rng.choice(len(own.texts), min(self.passages - 1, len(own.texts) - 1), replace=False)
+        shown = [int(other) for other in others[: rng.integers(0, self.passages)] if other != chunk]
+        shown.insert(int(rng.integers(0, min(3, len(shown)) + 1)), chunk)
+        return self._about(own, shown, f"What belongs in the gap: {gap}", self.target(fact[0]))
+
+    def _about(self, own: Examples, chunks: Sequence[int], asked: str, target: list[int]) -> Drawn:
+        parts = [part for rank, chunk in enumerate(chunks) for part in own.parts(chunk, 0.5, rank)]
+        given = joined(parts, own.chunks.shape[1])
+        return Drawn(reader_prompt(self.model, asked, (), len(given)), given, target)
+
+    def batches(self, mixture: Mapping[Task, float], seed: int) -> Iterator[Batch]:
+        """Batches without end, each of examples of similar length."""
+        rng = np.random.default_rng(seed)
+        tasks = [task for task in mixture if self._possible(task)]
+        if not tasks:
+            raise InputError("there is nothing to train a reader on: no questions with answers and no texts")
+        chances = np.array([mixture[task] for task in tasks])
+        chances /= chances.sum()
+        while True:
+            pool: list[Drawn] = []
+            while len(pool) < 4 * self.config.batch:
+                drawn = self.draw(tasks[rng.choice(len(tasks), p=chances)], rng)
+                if drawn is not None:
+                    pool.append(drawn)
+            pool.sort(key=lambda own: len(own.prompt.ids) + len(own.target))
+            groups: list[list[Drawn]] = [[]]
+            for drawn in pool:
+                longest = len(drawn.prompt.ids) + len(drawn.target)
+                if groups[-1] and (
+                    (len(groups[-1]) + 1) * longest > self.config.batch_tokens or len(groups[-1]) >= self.config.batch
+                ):
+                    groups.append([])
+                groups[-1].append(drawn)
+            for place in rng.permutation(len(groups)):
+                yield collate(groups[place], self.config.teacher)
+
+    def _possible(self, task: Task) -> bool:
+        return bool(self.questions if task in ("text", "vectors", "both") else self.chunks)
+
+
+def collate(drawn: Sequence[Drawn], teacher: int) -> Batch:
+    """Examples as one batch."""
+    longest = max(len(own.prompt.ids) + len(own.target) for own in drawn)
+    ids = torch.zeros((len(drawn), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    wanted, targets, places = [], [], []
+    taught, teacher_ids, teacher_logs = [], [], []
+    for row, own in enumerate(drawn):
+        begin, end = len(own.prompt.ids), len(own.prompt.ids) + len(own.target)
+        ids[row, :end] = torch.tensor([*own.prompt.ids, *own.target])
+        mask[row, :end] = 1
+        wanted += [(row, place) for place in range(begin - 1, end - 1)]
+        targets += own.target
+        places += [(row, place) for place in own.prompt.vectors]
+        told = own.teacher is not None and len(own.teacher[0]) == len(own.target)
+        taught += [told] * len(own.target)
+        if told and own.teacher is not None:
+            teacher_ids.append(own.teacher[0])
+            teacher_logs.append(own.teacher[1])
+        else:
+            teacher_ids.append(np.zeros((len(own.target), teacher), np.int64))
+            teacher_logs.append(np.full((len(own.target), teacher), -1e4, np.float32))
+    parts = [own.given for own in drawn if own.given is not None and len(own.prompt.vectors)]
+    stacked = [torch.cat(columns) for columns in zip(*(tensors(own, "cpu") for own in parts), strict=True)]
+    return Batch(
+        ids,
+        mask,
+        torch.tensor(wanted),
+        torch.tensor(targets),
+        torch.tensor(places, dtype=torch.long).reshape(-1, 2),
+        tuple(stacked) if parts else None,
+        torch.tensor(taught),
+        torch.from_numpy(np.concatenate(teacher_ids).astype(np.int64)),
+        torch.from_numpy(np.concatenate(teacher_logs).astype(np.float32)),
+    )
+
+
+class _Stream(IterableDataset[Batch]):
+    def __init__(self, data: ReaderData, mixture: Mapping[Task, float], seed: int) -> None:
+        self.data, self.mixture, self.seed = data, mixture, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        return self.data.batches(self.mixture, self.seed * 64 + (0 if worker is None else worker.id))
+
+
+class ReaderModule(lightning.LightningModule):
+    """One stage: an adapter of the language model, and from the second stage on the projection."""
+
+    def __init__(self, peft_model: Any, reader: Reader, stage: str, config: ReaderTraining) -> None:
+        """Take what is trained; whatever is frozen is no part of the checkpoints."""
+        super().__init__()
+        self.config = config
+        self.stage = stage
+        self.adapter = "text" if stage == "text" else "vectors"
+        self._peft = [peft_model]  # in a list, so that it is no submodule and its frozen weights are not saved
+        peft_model.set_adapter(self.adapter)
+        self.adapters = nn.ParameterList(
+            parameter for name, parameter in peft_model.named_parameters() if f".{self.adapter}." in name
+        )
+        self.projection = reader.projection if stage != "text" else None
+        self.strict_loading = False
+        self._begin = time.monotonic()
+        self.spent = 0.0
+        """Seconds of earlier parts of an interrupted run."""
+        self.budget: float | None = None
+        """Seconds of this stage, None where steps are counted."""
+
+    @property
+    def fraction(self) -> float:
+        """How much of the stage is over."""
+        if self.budget is None:
+            return self.global_step / max(1, self.config.steps or 1)
+        return min(1.0, (self.spent + time.monotonic() - self._begin) / self.budget)
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._peft[0].to(self.device).train()
+        self._begin = time.monotonic()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how much of the time is over."""
+        checkpoint["spent"] = self.spent + time.monotonic() - self._begin
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.spent = checkpoint["spent"]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch."""
+        return batch.to(device)
+
+    def logits(self, batch: Batch) -> Float[Tensor, "m vocabulary"]:
+        """What the model thinks at each place of the targets."""
+        model = self._peft[0].get_base_model()
+        embeds = model.get_input_embeddings()(batch.ids)
+        if batch.vectors is not None and self.projection is not None:
+            rows, columns = batch.vector_places.T
+            embeds = embeds.index_put((rows, columns), self.projection(*batch.vectors).to(embeds.dtype))
+        states = model.base_model(inputs_embeds=embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state
+        wanted = states[batch.wanted[:, 0], batch.wanted[:, 1]]
+        return model.get_output_embeddings()(wanted).float()
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Likelihood of the targets, and nearness to the teacher where there is one."""
+        logits = self.logits(batch)
+        loss = nn.functional.cross_entropy(logits, batch.targets)
+        if self.config.distil and bool(batch.taught.any()):
+            logs = logits[batch.taught].log_softmax(-1).gather(1, batch.teacher_ids[batch.taught])
+            probabilities = batch.teacher_logs[batch.taught].exp()
+            loss = loss - self.config.distil * (probabilities * logs).sum(1).mean()
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """Learning rates follow the clock: up over a twentieth, then down along a cosine."""
+        fraction = self.fraction
+        factor = min(1.0, fraction / 0.05 + 0.02) * 0.5 * (1 + np.cos(np.pi * min(1.0, fraction)))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["highest"] * factor
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; the projection learns faster than the adapters."""
+        groups = [{"params": list(self.adapters), "lr": self.config.rate, "highest": self.config.rate}]
+        if self.projection is not None:
+            rate = self.config.projection_rate
+            groups.append({"params": list(self.projection.parameters()), "lr": rate, "highest": rate})
+        return torch.optim.AdamW(groups, weight_decay=self.config.weight_decay, betas=(0.9, 0.98))
+
+
+class _Clock(Callback):
+    """Ends a stage when its time is over, tells progress, and keeps checkpoints."""
+
+    def __init__(self, checkpoint: Path, progress: Progress, every: float = 60.0) -> None:
+        self.checkpoint, self.progress, self.every = checkpoint, progress, every
+        self.saved = time.monotonic()
+        self.done = False
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = float(trainer.callback_metrics["loss"]) if trainer.global_step % 5 == 0 else None
+        if loss is not None:
+            self.told = f"stage {module.stage}, loss {loss:.2f}"
+        fraction = module.fraction
+        total = module.budget or module.config.steps or 1
+        self.progress(getattr(self, "told", f"stage {module.stage}"), fraction * total, total)
+        if fraction >= 1.0:
+            self.done = True
+            trainer.should_stop = True
+        elif time.monotonic() - self.saved > self.every:
+            trainer.save_checkpoint(self.checkpoint)
+            self.saved = time.monotonic()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            with contextlib.suppress(OSError):
+                trainer.save_checkpoint(self.checkpoint)
+
+
+class ReaderTrainer:
+    """Trains a reader in a folder; the run that was interrupted there goes on."""
+
+    def __init__(
+        self,
+        model: LocalModel,
+        encoder: Encoder,
+        sets: Sequence[Examples],
+        folder: str | Path,
+        *,
+        config: ReaderTraining | None = None,
+        shape: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        progress: Progress = no_progress,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            model: the language model; it is adapted in place while it is trained, so load one for this alone.
+            encoder: encoder 1 of the examples.
+            sets: examples to train on.
+            folder: gets the reader, and until the end checkpoints in `checkpoints`.
+            config: how.
+            shape: fields of `ReaderConfig`.
+            device: `auto`, `cpu` or `cuda`.
+            progress: told about seconds (or steps) of each stage.
+
+        Raises:
+            MissingPackage: peft is not installed.
+            InputError: a setting cannot be used.
+        """
+        self.config = config or ReaderTraining()
+        self.model, self.encoder, self.sets = model, encoder, list(sets)
+        self.folder = Path(folder)
+        self.progress = progress
+        self._options = accelerator(device)
+        width = model.model.get_input_embeddings().weight.shape[1]
+        made = ReaderConfig(encoder.info, model_id(model), model.name, width, **(shape or {}))
+        torch.manual_seed(self.config.seed)
+        self.reader = Reader(made, embedding_scale(model.model))
+        self.peft_model = _with_adapters(model.model, made.rank)
+        self.data: ReaderData | None = None
+        self.steps: dict[str, int] = {}
+        """Steps of each stage of this run."""
+
+    def fit(self) -> Reader:
+        """Train all stages that are not done yet, and save the reader after each.
+
+        Raises:
+            InputError: there is nothing to train on, or the folder holds a run of other settings.
+            KeyboardInterrupt: it was interrupted; the next run goes on.
+        """
+        done = self._resume()
+        for own in self.sets:
+            if own.windows is None:
+                own.read(self.encoder, self.progress)
+        self.data = ReaderData(self.model, self.sets, self.config, self.reader.config)
+        with quiet():
+            for number, stage in enumerate(STAGES):
+                if stage in done or (stage != "reading" and not self.data.questions):
+                    continue
+                if stage == "answering" and self.config.distil and "text" in done:
+                    self._teach()
+                self._stage(number, stage)
+                done.append(stage)
+                self._save(done)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self.reader.adapters = {name: self.folder / name for name in ADAPTERS}
+        self.reader.eval()
+        return self.reader
+
+    def _stage(self, number: int, stage: str) -> None:
+        module = ReaderModule(self.peft_model, self.reader, stage, self.config)
+        if self.config.steps is None:
+            module.budget = self.config.minutes * 60 * self.config.shares[number] / sum(self.config.shares)
+        checkpoint = self.folder / "checkpoints" / f"{stage}.ckpt"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        clock = _Clock(checkpoint, self.progress)
+        assert self.data is not None
+        workers = max(2, (os.cpu_count() or 4) - 2) if self._options["accelerator"] == "gpu" else 0
+        stream = _Stream(self.data, MIXTURES[stage], self.config.seed + number)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_worker,
+        )
+        trainer = lightning.Trainer(
+            max_steps=self.config.steps or -1,
+            max_epochs=-1 if self.config.steps is None else None,
+            callbacks=[clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            gradient_clip_val=1.0,
+            default_root_dir=self.folder,
+            **self._options,
+        )
+        trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+        self.steps[stage] = trainer.global_step
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+
+    @torch.no_grad()
+    def _teach(self) -> None:
+        """Let the model that was taught to answer from text answer every question, and keep what it thinks."""
+        assert self.data is not None
+        device = torch.device("cuda" if self._options["accelerator"] == "gpu" else "cpu")
+        module = ReaderModule(self.peft_model, self.reader, "text", self.config)
+        self.peft_model.to(device).eval()
+        drawn = [self.data.question(where, "text") for where in self.data.questions]
+        order = sorted(range(len(drawn)), key=lambda i: -len(drawn[i].prompt.ids))
+        start = 0
+        while start < len(order):
+            count = max(
+                1, self.config.batch_tokens // (len(drawn[order[start]].prompt.ids) + self.config.answer_tokens)
+            )
+            rows = order[start : start + count]
+            batch = collate([drawn[i] for i in rows], self.config.teacher).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logs = module.logits(batch).log_softmax(-1)
+            best = logs.topk(min(self.config.teacher, logs.shape[1]), dim=1)
+            ends = np.cumsum([len(drawn[i].target) for i in rows])[:-1]
+            for row, ids, values in zip(
+                rows, np.split(best.indices.cpu().numpy(), ends), np.split(best.values.cpu().numpy(), ends), strict=True
+            ):
+                self.data.teacher[self.data.questions[row]] = (ids, values)
+            start += len(rows)
+            self.progress("what the teacher thinks", start, len(order))
+
+    # ---- files
+
+    def _save(self, done: Sequence[str]) -> None:
+        for name in ADAPTERS:
+            self.peft_model.save_pretrained(str(self.folder / "saving"), selected_adapters=[name])
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            _halved(self.folder / "saving" / name / "adapter_model.safetensors")
+            (self.folder / "saving" / name / "README.md").unlink(missing_ok=True)
+            (self.folder / "saving" / name).rename(self.folder / name)
+        shutil.rmtree(self.folder / "saving", ignore_errors=True)
+        save_reader(self.reader, self.folder)
+        state = {"done": list(done), "config": asdict(self.config), "model": self.reader.config.model}
+        (self.folder / "checkpoints" / "state.json").write_text(json.dumps(state))
+
+    def _resume(self) -> list[str]:
+        """Stages that an interrupted run of the same settings has done."""
+        place = self.folder / "checkpoints" / "state.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = json.loads(place.read_text()) if place.exists() else None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}: it cannot be used ({error})") from error
+        if state is None:
+            return []
+        settings = json.loads(json.dumps(asdict(self.config)))
+        if state["config"] != settings or state["model"] != self.reader.config.model:
+            raise InputError(
+                f"{self.folder}: an interrupted run of other settings is there; give its settings, or remove the folder"
+            )
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        for name in ADAPTERS:
+            weights = load_file(self.folder / name / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
+        saved = load_file(self.folder / PROJECTION_FILE)
+        self.reader.projection.load_state_dict({key: value.float() for key, value in saved.items()})
+        return list(state["done"])
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    """The model with two untrained adapters on all its projections."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingPackage("training a reader needs peft; run: pip install peft") from error
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = get_peft_model(model, config, adapter_name=ADAPTERS[0])
+    made.add_adapter(ADAPTERS[1], replace(config))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return made
+
+
+def _worker(number: int) -> None:
+    """A tokenizer that starts threads in a forked process may wait for ever."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _halved(path: Path) -> None:
+    """Write weights anew as float16."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value.half() for name, value in load_file(path).items()}, path)
+
+
+CONDITIONS: tuple[str, ...] = ("unadapted", "no context", "shuffled", "vectors", "text", "both", "gold")
+"""What is judged: the model as it came, with passages; and with the reader: nothing but the question, the vectors of
+another question, its own vectors, its passages, both, the text that holds the answer."""
+
+
+def replies(
+    reading: ReadingModel,
+    examples: Examples,
+    condition: str,
+    *,
+    text_tokens: int = 900,
+    max_tokens: int = 32,
+    batch_tokens: int = 16384,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """What a model with a reader says to each question.
+
+    Args:
+        reading: both.
+        examples: whose reader vectors are made.
+        condition: one of `CONDITIONS`.
+        text_tokens: most tokens of a prompt with passages, those of vectors not counted.
+        max_tokens: most tokens of a reply.
+        batch_tokens: see `generate_many`.
+        progress: told how many replies there are.
+    """
+    config, rows = reading.reader.config, examples.rows
+    shape = (config.nodes, config.chunks, config.more)
+    how: How = {"shuffled": "vectors", "vectors": "vectors", "both": "both"}.get(condition, "text")  # type: ignore[assignment]
+    model = reading.model if condition == "unadapted" else reading.model_for(how)
+    prompts, given = [], []
+    for i, row in enumerate(rows):
+        own: GatheredVectors | None = None
+        if how != "text":
+            own = examples.given(rows[(i + len(rows) // 2) % len(rows)] if condition == "shuffled" else row, shape)
+        passages: Sequence[PassageText] = ()
+        if condition in ("unadapted", "text", "both"):
+            passages = row.passages[: config.chunks]
+        elif condition == "gold":
+            passages = row.gold
+        vectors = 0 if own is None else len(own)
+        prompts.append(reader_prompt(model, row.question, passages, vectors, text_tokens + vectors))
+        given.append(own)
+    return generate_many(
+        model, reading.projection, prompts, given, max_tokens, batch_tokens,
+        told=lambda done: progress(f"answering: {condition}", done, len(rows)),
+    )  # fmt: skip
