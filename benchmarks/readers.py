@@ -53,6 +53,7 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
         "chunks": sum(len(own.texts) for own in sets),
         "weights": sum(parameter.numel() for parameter in reader.parameters()),
         "steps": trainer.steps,
+        "cosine of the fitted maps": round(trainer.fitted, 4),
     }
 
 

@@ -53,13 +53,51 @@ class TokenStates:
     """Characters of the text."""
 
 
-@dataclass(frozen=True)
 class _Tokens:
-    """One text as the model is given it."""
+    """One text as the model is given it: prompt and the first tokens of the text, between its special tokens.
 
-    ids: list[int]
-    spans: list[Span | None]
-    """Characters of the text; None for special tokens and those of a prompt."""
+    Where each token stands is looked up only when it is asked for: most who encode never do.
+    """
+
+    def __init__(self, encoding: Any, prompt: int, longest: int, special: int) -> None:
+        """Take what the tokenizer made of a text.
+
+        Args:
+            encoding: of the tokenizer's.
+            prompt: characters of the prompt before the text.
+            longest: most tokens of the text.
+            special: how many special tokens there are around it.
+        """
+        self._encoding = encoding
+        self._prompt = prompt
+        self._kept: list[int] | None = None
+        self.ids: list[int] = encoding.ids
+        if len(self.ids) > longest + special:  # prompts are short: their tokens only make this look more often
+            own = [i for i, span in enumerate(self._all_spans) if span is not None]
+            cut = set(own[longest:])
+            self._kept = [i for i in range(len(self.ids)) if i not in cut]
+            self.ids = [self.ids[i] for i in self._kept]
+
+    @cached_property
+    def _all_spans(self) -> list[Span | None]:
+        pairs = zip(self._encoding.special_tokens_mask, self._encoding.offsets, strict=True)
+        prompt = self._prompt
+        return [
+            None if special or (prompt and end <= prompt) else (max(0, start - prompt), end - prompt)
+            for special, (start, end) in pairs
+        ]
+
+    @property
+    def spans(self) -> list[Span | None]:
+        """Characters of the text; None for special tokens and those of a prompt."""
+        return self._all_spans if self._kept is None else [self._all_spans[i] for i in self._kept]
+
+    @property
+    def own(self) -> list[int]:
+        """Places of the text's own tokens."""
+        if self._prompt or self._kept is not None:
+            return [i for i, span in enumerate(self.spans) if span is not None]
+        return [i for i, special in enumerate(self._encoding.special_tokens_mask) if not special]
 
 
 def _packaged_minilm() -> str:
@@ -296,7 +334,7 @@ class Encoder:
             windows = torch.full(given.shape[:2], -1)
             counts: list[int] = []
             for i, own in enumerate(tokens):
-                places = [place for place, span in enumerate(own.spans) if span is not None][:most]
+                places = own.own[:most]
                 windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
                 counts.append(-(-len(places) // READER_WINDOW))
             inside = (windows >= 0).to(given.device)
@@ -317,28 +355,12 @@ class Encoder:
         with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed):
             return dict(self.model(features))
 
-    def _tokens(self, encoding: Any, prompt: int) -> _Tokens:
-        """What of a tokenized text the model is given: prompt and first `longest` tokens, between its special ones.
-
-        Args:
-            encoding: of the tokenizer's.
-            prompt: characters of the prompt before the text.
-        """
-        spans = [
-            None if special or (prompt and end <= prompt) else (max(0, start - prompt), end - prompt)
-            for special, (start, end) in zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
-        ]
-        own = [i for i, span in enumerate(spans) if span is not None]
-        cut = set(own[self.longest :])
-        kept = [i for i in range(len(spans)) if i not in cut]
-        return _Tokens([encoding.ids[i] for i in kept], [spans[i] for i in kept])
-
     def _batches(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[int], dict[str, Any], list[_Tokens]]]:
         """Batches of similar length, longest first, so that little is padded and memory peaks at once."""
         import torch
 
         encodings = self._tokenizer.encode_batch([prompt + text for text in texts], add_special_tokens=True)
-        tokens = [self._tokens(encoding, len(prompt)) for encoding in encodings]
+        tokens = [_Tokens(encoding, len(prompt), self.longest, self._special) for encoding in encodings]
         alone = self._tokenizer.encode(prompt, add_special_tokens=True).special_tokens_mask
         order = sorted(range(len(texts)), key=lambda i: -len(tokens[i].ids))
         pad = self.model.tokenizer.pad_token_id or 0

@@ -371,9 +371,13 @@ class LocalModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it is, without special tokens added."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of many texts, at once."""
         # Half surrogates are no text to a tokenizer.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        return [list(ids) for ids in self.tokenizer(clean, add_special_tokens=False)["input_ids"]] if clean else []
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation by the chat template, ready for the reply.

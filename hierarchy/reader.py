@@ -28,7 +28,7 @@ from treemem.errors import InputError, ModelError
 from treemem.hierarchy.context import GatheredVectors, PassageText
 from treemem.hierarchy.embed import EncoderInfo
 from treemem.hierarchy.generate import Decoding, LanguageModel, LocalModel
-from treemem.hierarchy.prompt import Message, neutralise, one_line, passage_line, shown_text
+from treemem.hierarchy.prompt import Message, neutralise, one_line, shown_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,8 +154,25 @@ def _frame(model: LocalModel) -> tuple[list[int], list[int], list[int]]:
     return _frames[model]
 
 
+def passage_ids(model: LocalModel, passages: Sequence[PassageText]) -> list[list[int]]:
+    """Passages as they stand in a prompt, without their numbers.
+
+    Raises ModelError where one holds control tokens that cannot be broken.
+    """
+    texts = []
+    for passage in passages:
+        title, text = (shown_text(own, model.control_markers) for own in (passage.title, passage.text))
+        texts.append(f" {title}: {text}" if title else f" {text}")
+    return [_checked(model, ids) for ids in model.encode_many(texts)]
+
+
 def reader_prompt(
-    model: LocalModel, question: str, passages: Sequence[PassageText] = (), vectors: int = 0, most: int | None = None
+    model: LocalModel,
+    question: str,
+    passages: Sequence[PassageText] = (),
+    vectors: int = 0,
+    most: int | None = None,
+    cut: Callable[[LocalModel, Sequence[PassageText]], list[list[int]]] = passage_ids,
 ) -> ReaderPrompt:
     """A question with passages, a place for vectors, or both.
 
@@ -167,6 +184,7 @@ def reader_prompt(
         passages: best first; those that do not fit any more are left out.
         vectors: how many embeddings are to be put in.
         most: tokens of the prompt; None for what the model's context holds beside a short reply.
+        cut: gives the tokens of passages: `passage_ids`, or one that remembers.
 
     Raises:
         ModelError: a text holds control tokens that cannot be broken, or even the question does not fit.
@@ -174,7 +192,7 @@ def reader_prompt(
     most = model.context_tokens - 64 if most is None else most
     before, after, introduced = _frame(model)
     said = f"Question: {neutralise(one_line(question), model.control_markers)}"
-    asked = _safe(model, f"\n\n{said}" if passages or vectors else said)
+    asked = _checked(model, model.encode(f"\n\n{said}" if passages or vectors else said))
     rest = most - len(before) - len(after) - (len(introduced) + vectors if vectors else 0)
     if rest < 8:
         raise ModelError(f"language model {model.name!r}: {vectors} vectors do not fit into {most} tokens of prompt")
@@ -192,11 +210,8 @@ def reader_prompt(
     if vectors:
         put("template", introduced)
         put("vectors", [0] * vectors)
-    for number, passage in enumerate(passages, 1):
-        line = passage_line(
-            number, shown_text(passage.title, model.control_markers), shown_text(passage.text, model.control_markers)
-        )
-        own = _safe(model, ("\n" if number > 1 or vectors else "") + line)
+    for number, words in enumerate(cut(model, passages), 1):
+        own = [*model.encode(f"\n[{number}]" if number > 1 or vectors else f"[{number}]"), *words]
         if len(own) > rest:
             if number > 1 or rest < 8:
                 break
@@ -208,8 +223,7 @@ def reader_prompt(
     return ReaderPrompt(tuple(ids), tuple(segments))
 
 
-def _safe(model: LocalModel, text: str) -> list[int]:
-    ids = model.encode(text)
+def _checked(model: LocalModel, ids: list[int]) -> list[int]:
     if model.controls(ids):
         raise ModelError(
             f"language model {model.name!r}: a passage or the question holds control tokens that cannot be broken; "
@@ -222,12 +236,21 @@ def _safe(model: LocalModel, text: str) -> list[int]:
 # The projection
 
 
+def _quiet_network(dimension: int, hidden: int, width: int) -> nn.Sequential:
+    """Two layers that give zeros until they are trained."""
+    last = nn.Linear(hidden, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(dimension, hidden), nn.GELU(), last)
+
+
 class Projection(nn.Module):
     """Embeddings of all levels to vectors of the width and scale of a model's token embeddings.
 
-    Each level has a network of two layers of its own; to its output are added what stands for the level, the rank of
-    the element among those gathered, the window of the chunk and the score. The sum is brought to the root mean square
-    of the model's token embeddings, times a learned gain of the level.
+    Each level has a linear map and a network of two layers beside it, which adds nothing at first; to what they give are
+    added what stands for the level, the rank of the element among those gathered, the window of the chunk and the
+    score. The sum is brought to the root mean square of the model's token embeddings, times a learned gain of the
+    level.
     """
 
     def __init__(self, dimension: int, width: int, hidden: int, levels: int, scale: float = 1.0) -> None:
@@ -243,9 +266,8 @@ class Projection(nn.Module):
         super().__init__()
         self.levels = levels
         self.dimension = dimension
-        self.networks = nn.ModuleList(
-            nn.Sequential(nn.Linear(dimension, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(levels)
-        )
+        self.maps = nn.ModuleList(nn.Linear(dimension, width, bias=False) for _ in range(levels))
+        self.networks = nn.ModuleList(_quiet_network(dimension, hidden, width) for _ in range(levels))
         self.level = nn.Embedding(levels, width)
         self.rank = nn.Embedding(RANKS, width)
         self.place = nn.Embedding(PLACES, width)
@@ -277,10 +299,11 @@ class Projection(nn.Module):
         inputs = nn.functional.normalize(vectors, dim=-1) * self.dimension**0.5
         tags = self.level(levels) + self.rank(ranks.clamp(max=RANKS - 1)) + self.place(places.clamp(max=PLACES - 1))
         out = tags + self.score(scores[:, None])
-        for level, network in enumerate(self.networks):
+        for level, (linear, network) in enumerate(zip(self.maps, self.networks, strict=True)):
             rows = torch.nonzero(levels == level)[:, 0]
             if len(rows):
-                out = out.index_add(0, rows, network(inputs[rows]).to(out.dtype))
+                own = inputs[rows]
+                out = out.index_add(0, rows, (linear(own) + network(own)).to(out.dtype))
         size = out.float().pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
         return out.float() / size * self.scale * self.gain[levels].exp()[:, None]
 

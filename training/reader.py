@@ -1,7 +1,7 @@
 """Training a reader: a language model learns to answer from passages, then from the embeddings of all levels.
 
 Three stages share the time. `text`: an adapter learns to answer from the passages that searches gave. `reading`: the
-projection and a second adapter learn to give back a chunk's text from its vectors (as in-context autoencoders do, Ge et
+projection and a second adapter, which starts from the first, learn to give back a chunk's text from its vectors (as in-context autoencoders do, Ge et
 al. 2023), to go on where it ends, and to fill gaps in it. `answering`: both learn to answer questions from the vectors
 of real searches, by the right answer and by what the first adapter says that has read the text (distillation, Hinton
 et al. 2015); in some examples the text is there too, so that both can be used together.
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from treemem.errors import InputError, MissingPackage
 from treemem.hierarchy.context import GatheredVectors, PassageText, joined
-from treemem.hierarchy.embed import Encoder
+from treemem.hierarchy.embed import READER_WINDOW, Encoder
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import (
     ADAPTERS,
@@ -43,6 +43,7 @@ from treemem.hierarchy.reader import (
     embedding_scale,
     generate_many,
     model_id,
+    passage_ids,
     reader_prompt,
     save_reader,
     tensors,
@@ -56,7 +57,7 @@ STAGES = ("text", "reading", "answering")
 MIXTURES: dict[str, dict[Task, float]] = {
     "text": {"text": 1.0},
     "reading": {"restore": 0.5, "continue": 0.15, "fill": 0.35},
-    "answering": {"vectors": 0.6, "both": 0.15, "restore": 0.05, "fill": 0.2},
+    "answering": {"vectors": 0.65, "both": 0.1, "restore": 0.05, "fill": 0.2},
 }
 """Shares of the examples of each stage."""
 INSTRUCTIONS: dict[Task, str] = {
@@ -75,11 +76,11 @@ class ReaderTraining:
     """Of all stages together; what the preparation takes is not counted."""
     steps: int | None = None
     """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
-    shares: tuple[float, float, float] = (0.3, 0.3, 0.4)
+    shares: tuple[float, float, float] = (0.3, 0.25, 0.45)
     """Of the time, for `text`, `reading` and `answering`."""
-    batch_tokens: int = 24576
+    batch_tokens: int = 16384
     """Most tokens in a batch, padding included."""
-    batch: int = 192
+    batch: int = 128
     """Most examples in a batch."""
     rate: float = 5e-4
     """Highest learning rate of the adapters."""
@@ -156,14 +157,23 @@ class ReaderData:
         self.passages = reader.chunks
         self.questions = [(s, r) for s, own in enumerate(sets) for r, row in enumerate(own.rows) if any(row.answers)]
         self.chunks = [(s, c) for s, own in enumerate(sets) for c, text in enumerate(own.texts) if len(text) > 40]
+        self._cut: dict[PassageText, list[int]] = {}
+        self._texts = [model.encode_many(own.texts) for own in self.sets]
+        # Once, before there are workers, each of which would do it again.
+        shown = {passage for own in self.sets for row in own.rows for passage in row.passages[: self.passages]}
+        self._cut.update(zip(shown, passage_ids(model, list(shown)), strict=True))
         self.teacher: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         ends = model.model.generation_config.eos_token_id
         self.end = ends[0] if isinstance(ends, list) else int(ends)
 
-    def target(self, text: str, most: int | None = None, *, ended: bool = True) -> list[int]:
+    def cut(self, model: LocalModel, passages: Sequence[PassageText]) -> list[list[int]]:
+        """`passage_ids`, remembered."""
+        return [self._cut[passage] for passage in passages]
+
+    def target(self, text: str | list[int], most: int | None = None, *, ended: bool = True) -> list[int]:
         """Token ids of what is to be said, with the end mark where all of it fits."""
         most = most or self.config.answer_tokens
-        ids = self.model.encode(text)
+        ids = self.model.encode(text) if isinstance(text, str) else text
         return [*ids[:most], *([self.end] if ended and len(ids) <= most else [])]
 
     def question(self, where: tuple[int, int], how: How, rng: np.random.Generator | None = None) -> Drawn:
@@ -175,7 +185,9 @@ class ReaderData:
             count = self.passages if rng is None else int(rng.integers(1, self.passages + 1))
         given = own.given(row, self.shape) if how != "text" else None
         most = self.config.text_tokens + (len(given) if given is not None else 0)
-        prompt = reader_prompt(self.model, row.question, row.passages[:count], 0 if given is None else len(given), most)
+        prompt = reader_prompt(
+            self.model, row.question, row.passages[:count], 0 if given is None else len(given), most, self.cut
+        )
         answer = min(row.answers, key=len) if rng is None else row.answers[rng.integers(len(row.answers))]
         return Drawn(prompt, given, self.target(answer))
 
@@ -194,11 +206,11 @@ class ReaderData:
         own = self.sets[s]
         text = own.texts[chunk]
         if task == "restore":
-            return self._about(own, [chunk], INSTRUCTIONS[task], self.target(text, 160))
+            return self._about(own, [chunk], INSTRUCTIONS[task], self.target(self._texts[s][chunk], 160))
         if task == "continue":
             if chunk == 0 or not own.follows[chunk]:
                 return None
-            return self._about(own, [chunk - 1], INSTRUCTIONS[task], self.target(text, 64))
+            return self._about(own, [chunk - 1], INSTRUCTIONS[task], self.target(self._texts[s][chunk], 64))
         facts = list(_FACT.finditer(text))
         if not facts:
             return None
@@ -227,7 +239,7 @@ class ReaderData:
         chances /= chances.sum()
         while True:
             pool: list[Drawn] = []
-            while len(pool) < 4 * self.config.batch:
+            while len(pool) < 2 * self.config.batch:
                 drawn = self.draw(tasks[rng.choice(len(tasks), p=chances)], rng)
                 if drawn is not None:
                     pool.append(drawn)
@@ -405,6 +417,60 @@ class _Clock(Callback):
                 trainer.save_checkpoint(self.checkpoint)
 
 
+def fit_maps(
+    reader: Reader, model: LocalModel, encoder: Encoder, sets: Sequence[Examples], most: int = 4000, ridge: float = 1.0
+) -> float:
+    """Begin the projection where it is of use at once: a window becomes the mean of its words' token embeddings.
+
+    The linear map of every level is set to the ridge regression of these means, scaled to unit root mean square, on
+    reader vectors.
+
+    Args:
+        reader: whose maps are set.
+        model: whose token embeddings are aimed at.
+        encoder: whose tokens make up windows.
+        sets: whose reader vectors are made.
+        most: so many chunks are looked at, evenly spaced.
+        ridge: penalty, for each window.
+
+    Returns:
+        Mean cosine of what is predicted and what was aimed at.
+    """
+    chosen = [(own, chunk) for own in sets for chunk in range(len(own.texts))]
+    chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int))]
+    texts: list[str] = []
+    vectors = []
+    all_spans = encoder.token_spans([own.texts[chunk] for own, chunk in chosen])
+    for (own, chunk), spans in zip(chosen, all_spans, strict=True):
+        windows = own.windows_of(chunk)
+        for place, vector in enumerate(windows):
+            inside = spans[place * READER_WINDOW : (place + 1) * READER_WINDOW]
+            if inside:
+                texts.append(own.texts[chunk][inside[0][0] : inside[-1][1]])
+                vectors.append(vector)
+    if not vectors:
+        return 0.0
+    table = model.model.get_input_embeddings().weight.detach()
+    ids = model.encode_many(texts)
+    lengths = torch.tensor([len(own) for own in ids])
+    rows = torch.repeat_interleave(torch.arange(len(ids)), lengths)
+    flat = torch.tensor([number for own in ids for number in own])
+    sums = torch.zeros((len(ids), table.shape[1]), device=table.device)
+    for start in range(0, len(flat), 1 << 18):
+        part = slice(start, start + (1 << 18))
+        sums.index_add_(0, rows[part].to(table.device), table[flat[part].to(table.device)].float())
+    wanted = nn.functional.normalize(sums, dim=1) * table.shape[1] ** 0.5
+    given = nn.functional.normalize(torch.from_numpy(np.stack(vectors)).float().to(table.device), dim=1)
+    given = given * given.shape[1] ** 0.5
+    gram = given.T @ given + ridge * torch.eye(given.shape[1], device=given.device) * len(given) * 1e-3
+    fitted = torch.linalg.solve(gram, given.T @ wanted)
+    cosine = nn.functional.cosine_similarity(given @ fitted, wanted, dim=1).mean()
+    with torch.no_grad():
+        for linear in reader.projection.maps:
+            linear.get_parameter("weight").copy_(fitted.T)
+    return float(cosine)
+
+
 class ReaderTrainer:
     """Trains a reader in a folder; the run that was interrupted there goes on."""
 
@@ -449,6 +515,8 @@ class ReaderTrainer:
         self.data: ReaderData | None = None
         self.steps: dict[str, int] = {}
         """Steps of each stage of this run."""
+        self.fitted = 0.0
+        """Mean cosine of what the maps gave before training and what they aimed at."""
 
     def fit(self) -> Reader:
         """Train all stages that are not done yet, and save the reader after each.
@@ -462,12 +530,17 @@ class ReaderTrainer:
             if own.windows is None:
                 own.read(self.encoder, self.progress)
         self.data = ReaderData(self.model, self.sets, self.config, self.reader.config)
+        if not {"reading", "answering"} & set(done):
+            self.progress("fitting the maps", 0, None)
+            self.fitted = fit_maps(self.reader, self.model, self.encoder, self.sets)
         with quiet():
             for number, stage in enumerate(STAGES):
                 if stage in done or (stage != "reading" and not self.data.questions):
                     continue
                 if stage == "answering" and self.config.distil and "text" in done:
                     self._teach()
+                if stage == "reading" and "text" in done:
+                    _copy_adapter(self.peft_model)  # whoever has learned to answer from text need not begin anew
                 self._stage(number, stage)
                 done.append(stage)
                 self._save(done)
@@ -591,6 +664,15 @@ def _with_adapters(model: Any, rank: int) -> Any:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return made
+
+
+def _copy_adapter(peft_model: Any) -> None:
+    """Set the second adapter to what the first has learned."""
+    parameters = dict(peft_model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if f".{ADAPTERS[1]}." in name:
+                parameter.copy_(parameters[name.replace(f".{ADAPTERS[1]}.", f".{ADAPTERS[0]}.")])
 
 
 def _worker(number: int) -> None:
