@@ -247,8 +247,8 @@ def _quiet_network(dimension: int, hidden: int, width: int) -> nn.Sequential:
 class Projection(nn.Module):
     """Embeddings of all levels to vectors of the width and scale of a model's token embeddings.
 
-    Each level has a linear map and a network of two layers beside it, which adds nothing at first; to what they give are
-    added what stands for the level, the rank of the element among those gathered, the window of the chunk and the
+    Each level has a linear map and a network of two layers beside it, which adds nothing at first; to what they give
+    are added what stands for the level, the rank of the element among those gathered, the window of the chunk and the
     score. The sum is brought to the root mean square of the model's token embeddings, times a learned gain of the
     level.
     """

@@ -1,10 +1,11 @@
 """Training a reader: a language model learns to answer from passages, then from the embeddings of all levels.
 
 Three stages share the time. `text`: an adapter learns to answer from the passages that searches gave. `reading`: the
-projection and a second adapter, which starts from the first, learn to give back a chunk's text from its vectors (as in-context autoencoders do, Ge et
-al. 2023), to go on where it ends, and to fill gaps in it. `answering`: both learn to answer questions from the vectors
-of real searches, by the right answer and by what the first adapter says that has read the text (distillation, Hinton
-et al. 2015); in some examples the text is there too, so that both can be used together.
+projection and a second adapter, which starts from the first, learn to give back a chunk's text from its vectors (as
+in-context autoencoders do, Ge et al. 2023), to go on where it ends, and to fill gaps in it. `answering`: both learn to
+answer questions from the vectors of real searches, by the right answer and by what the first adapter says that has
+read the text (distillation, Hinton et al. 2015); in some examples the text is there too, so that both can be used
+together.
 """
 
 from __future__ import annotations
