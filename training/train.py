@@ -157,7 +157,7 @@ class HierarchyTrainer:
         self.folder = folder
         self.progress = progress
         self.minutes = minutes
-        self._options = {**_accelerator(device), **(trainer_options or {})}
+        self._options = {**accelerator(device), **(trainer_options or {})}
         self._wandb = _wandb(folder) if wandb else None
         self._start = hierarchy
         self.hierarchy = copy.deepcopy(hierarchy)
@@ -174,7 +174,7 @@ class HierarchyTrainer:
 
     def fit(self) -> Outcome:
         """Train, and judge."""
-        with _quiet():
+        with quiet():
             adopted = self._resume()
             before = self._measured(None if self._untrained(self._start) else self._start.rounded())
             complete = self._train_stages(adopted)
@@ -612,7 +612,11 @@ class _Told(Callback):
         self.progress(told, trainer.global_step, self.steps)
 
 
-def _accelerator(device: str) -> dict[str, Any]:
+def accelerator(device: str) -> dict[str, Any]:
+    """Options of `lightning.Trainer` for a device: `auto`, `cpu` or `cuda`; bfloat16 where a GPU has it.
+
+    Raises InputError for others, and where there is no GPU.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: it must be auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -640,7 +644,7 @@ def _rank() -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning's advice is for those who write modules, not for those who run this."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
