@@ -83,12 +83,13 @@ def _states(given: torch.Tensor, tokens: list[_Tokens]) -> Iterator[TokenStates]
 
 def _own_modules(folder: str) -> bool:
     """Whether a folder holds a model whose modules are all those of sentence-transformers and treemem."""
+    from treemem.hierarchy.vector import MODULE
+
     try:
         types = [str(module["type"]) for module in json.loads(Path(folder, "modules.json").read_text("utf-8"))]
     except (OSError, ValueError, TypeError, KeyError):
         return False
-    own = "treemem.hierarchy.vector_module.VectorModule"
-    return own in types and all(name == own or name.startswith("sentence_transformers.") for name in types)
+    return MODULE in types and all(name == MODULE or name.startswith("sentence_transformers.") for name in types)
 
 
 def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:

@@ -8,8 +8,10 @@ belongs to one place can be read again with its matrix, as far as the others are
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from treemem.errors import InputError
+
+CONFIG_FILE = "vector_config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODULE = "treemem.hierarchy.vector_module.VectorModule"
+"""What sentence-transformers loads such a folder with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,3 +161,23 @@ class VectorEncoder(nn.Module):
     ) -> Float[Tensor, "b total"]:
         """The vector, or all vectors of a text one behind the other."""
         return self.pool(self.states(ids, present), ids, present)
+
+
+def save_module(encoder: VectorEncoder, tokenizer: dict[str, Any], folder: Path) -> None:
+    """Write an encoder and its tokenizer (as JSON, without special tokens), weights in float16."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in encoder.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(encoder.config.to_json(), indent=1) + "\n", "utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}), "utf-8")
+
+
+def save_encoder(encoder: VectorEncoder, tokenizer: dict[str, Any], folder: Path) -> None:
+    """Write a folder that `treemem.hierarchy.embed.load_encoder` takes."""
+    save_module(encoder, tokenizer, folder)
+    module = {"idx": 0, "name": "0", "path": "", "type": MODULE}
+    (folder / "modules.json").write_text(json.dumps([module], indent=1) + "\n", "utf-8")
+    settings: dict[str, Any] = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")

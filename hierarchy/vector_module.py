@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from treemem.hierarchy.vector import VectorConfig, VectorEncoder
-
-CONFIG_FILE = "vector_config.json"
-WEIGHTS_FILE = "model.safetensors"
+from treemem.hierarchy.vector import CONFIG_FILE, WEIGHTS_FILE, VectorConfig, VectorEncoder, save_module
 
 
 class VectorModule(InputModule):
@@ -59,7 +55,7 @@ class VectorModule(InputModule):
         save_module(self.encoder, json.loads(self._fast.backend_tokenizer.to_str()), Path(output_path))
 
     @classmethod
-    def load(  # type: ignore[override] - what concerns downloads is in the rest
+    def load(  # type: ignore[override]  # what concerns downloads is in the rest
         cls, model_name_or_path: str, subfolder: str = "", **_: Any
     ) -> VectorModule:
         """Read what `save` wrote."""
@@ -72,21 +68,3 @@ class VectorModule(InputModule):
             model_max_length=config.tokens,
         )  # fmt: skip
         return cls(encoder.eval(), tokenizer)
-
-
-def save_module(encoder: VectorEncoder, tokenizer: dict[str, Any], folder: Path) -> None:
-    """Write an encoder and its tokenizer (as JSON, without special tokens), weights in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in encoder.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(encoder.config.to_json(), indent=1) + "\n", "utf-8")
-    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}), "utf-8")
-
-
-def save_encoder(encoder: VectorEncoder, tokenizer: dict[str, Any], folder: Path) -> None:
-    """Write a folder that `treemem.hierarchy.embed.load_encoder` takes."""
-    save_module(encoder, tokenizer, folder)
-    module = {"idx": 0, "name": "0", "path": "", "type": f"{VectorModule.__module__}.{VectorModule.__name__}"}
-    (folder / "modules.json").write_text(json.dumps([module], indent=1) + "\n", "utf-8")
-    settings: dict[str, Any] = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")

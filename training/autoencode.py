@@ -15,7 +15,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from treemem.errors import InputError, MissingPackage, ModelError, OutOfSpace
 from treemem.hierarchy.readers import ReadReport, read
-from treemem.hierarchy.vector import VectorConfig
+from treemem.hierarchy.vector import VectorConfig, save_encoder
+from treemem.training.lightning import accelerator, quiet
 from treemem.training.prose import (
     ASIDE_EVERY,
     Tokens,
@@ -36,7 +37,6 @@ from treemem.training.prose import (
     windows,
 )
 from treemem.training.rebuild import AutoEncoder, corrupted
-from treemem.training.train import accelerator, quiet
 from treemem.types import Progress, no_progress
 
 CHECKPOINT = "last.ckpt"
@@ -172,7 +172,7 @@ class AutoEncoderModule(lightning.LightningModule):
     def __init__(
         self,
         model: AutoEncoder,
-        tokens: Int64[Tensor, " n"],
+        tokens: Int32[Tensor, " n"],
         config: AutoEncodeConfig,
         judge: Callable[[AutoEncoder], float],
         progress: Progress = no_progress,
@@ -240,6 +240,10 @@ class AutoEncoderModule(lightning.LightningModule):
         loss = self.model.loss(ids, given, scored)
         self._losses.append(loss.detach())
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip gradients here: Lightning refuses to where an optimizer is fused."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note a point of the curve, look at held-out texts, and stop where the time is over."""
@@ -421,7 +425,7 @@ def _texts(
 
 def _fit(
     model: AutoEncoder,
-    ids: Int64[Tensor, " n"] | Tensor,
+    ids: Int32[Tensor, " n"],
     config: AutoEncodeConfig,
     judged: Sequence[Window],
     folder: Path,
@@ -443,7 +447,6 @@ def _fit(
             max_steps=-1,
             logger=False,
             callbacks=[_Keep(checkpoint, config.checkpoint_seconds)],
-            gradient_clip_val=1.0,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -564,8 +567,6 @@ def _finish(
 
 def _write(model: AutoEncoder, tokenizer: Tokenizer, report: AutoEncodeReport, folder: Path) -> None:
     from safetensors.torch import save_file
-
-    from treemem.hierarchy.vector_module import save_encoder
 
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE)

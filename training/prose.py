@@ -7,6 +7,7 @@ import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt16
@@ -209,7 +210,7 @@ def words_of(pieces: Sequence[str]) -> list[str]:
     return [_joined(pieces, first, len(pieces)) for first in _word_starts(pieces)]
 
 
-def pieces_of(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
+def pieces_of(ids: Iterable[Any], tokenizer: Tokenizer) -> list[str]:
     """Tokens by their numbers."""
     return [tokenizer.id_to_token(int(number)) or "[UNK]" for number in ids]
 

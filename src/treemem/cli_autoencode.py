@@ -93,7 +93,9 @@ def _prepare(prose: list[str], path: Path, tokenizer: str, as_json: bool) -> Non
     if as_json:
         print_json({"path": str(path), "documents": len(tokens.starts), "tokens": len(tokens.ids)})
     else:
-        out.print(f"{escape(str(path))}: {len(tokens.ids):,} tokens of {len(tokens.starts):,} documents")
+        out.print(
+            f"{escape(str(path))}: {len(tokens.ids):,} tokens of {len(tokens.starts):,} documents", soft_wrap=True
+        )
 
 
 def _print_report(report: AutoEncodeReport) -> None:
@@ -101,7 +103,8 @@ def _print_report(report: AutoEncodeReport) -> None:
     out.print(
         f"{shape['tokens']} tokens into {shape['vectors']} x {shape['width']} numbers: {report.examples:,} texts in "
         f"{report.seconds:,.0f} s on {escape(report.device)}; {report.held_out:,} held-out texts, "
-        f"{report.rounds} round(s) of decoding:"
+        f"{report.rounds} round(s) of decoding:",
+        soft_wrap=True,
     )
     table = Table(box=None, show_header=False)
     for name, value in report.figures.items():
