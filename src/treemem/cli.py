@@ -582,7 +582,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
     out.print(f"[dim]{sum(s for step, s in answer.timings.items() if step != 'first_token'):.1f} s[/]")
 
 
-from treemem import cli_edit, cli_reader  # noqa: E402, F401 - their commands belong to `app`
+from treemem import cli_autoencode, cli_edit, cli_reader  # noqa: E402, F401 - their commands belong to `app`
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,11 @@ class _Count(ProgressColumn):
         return Text(f"{task.completed:,.0f}{total}")
 
 
+def _name(stage: str) -> str:
+    """A stage without the figures that stand behind a comma: these change, the stage is the same."""
+    return stage.partition(",")[0]
+
+
 @contextmanager
 def bars(console: Console) -> Iterator[Progress]:
     """A function that shows how far each stage has come, with its rate and the time left."""
@@ -43,11 +48,12 @@ def bars(console: Console) -> Iterator[Progress]:
         tasks: dict[str, Task] = {}
 
         def report(stage: str, done: float, total: float | None) -> None:
-            if stage not in tasks:
+            name = _name(stage)
+            if name not in tasks:
                 shown.add_task(stage, total=total)
-                tasks[stage] = shown.tasks[-1]
-            tasks[stage].total = total  # `update` would forget the rate whenever the total changes
-            shown.update(tasks[stage].id, completed=done)
+                tasks[name] = shown.tasks[-1]
+            tasks[name].total = total  # `update` would forget the rate whenever the total changes
+            shown.update(tasks[name].id, completed=done, description=stage)
 
         yield report
 
@@ -58,13 +64,13 @@ def _lines(console: Console) -> Progress:
 
     def report(stage: str, done: float, total: float | None) -> None:
         nonlocal last
-        now = time.monotonic()
-        new = stage not in began
-        began.setdefault(stage, now)
+        now, name = time.monotonic(), _name(stage)
+        new = name not in began
+        began.setdefault(name, now)
         if not new and now - last < LINE_SECONDS:
             return
         last = now
-        rate = done / (now - began[stage]) if now > began[stage] else 0.0
+        rate = done / (now - began[name]) if now > began[name] else 0.0
         left = f", {(total - done) / rate:,.0f} s left" if total and rate else ""
         count = f" {done:,.0f}" + (f" of about {total:,.0f}" if total else "") if done else ""
         console.print(f"{stage}{count}" + (f", {rate:,.0f}/s{left}" if done and rate else ""), highlight=False)

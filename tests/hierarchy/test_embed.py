@@ -186,9 +186,9 @@ def test_the_same_name_with_other_weights_is_refused(tmp_path: Path, tiny: Encod
 
 
 def test_vectors_are_the_librarys_own(minilm: Encoder) -> None:
-    from treemem.hierarchy.embed import _packaged_minilm
+    from treemem.hierarchy.embed import packaged_minilm
 
-    library = SentenceTransformer(_packaged_minilm(), device="cpu")
+    library = SentenceTransformer(packaged_minilm(), device="cpu")
     library.max_seq_length = minilm.longest + 2
     expected = library.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(minilm.encode(TEXTS, precise=True), expected, atol=2e-6)
@@ -197,10 +197,10 @@ def test_vectors_are_the_librarys_own(minilm: Encoder) -> None:
 
 
 def test_a_text_longer_than_the_model_is_cut_as_the_library_cuts_it(minilm: Encoder) -> None:
-    from treemem.hierarchy.embed import _packaged_minilm
+    from treemem.hierarchy.embed import packaged_minilm
 
     long = " ".join(f"word{i} and more" for i in range(400))
-    library = SentenceTransformer(_packaged_minilm(), device="cpu")
+    library = SentenceTransformer(packaged_minilm(), device="cpu")
     library.max_seq_length = minilm.longest + 2
     expected = library.encode([long], normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(minilm.encode([long], precise=True), expected, atol=2e-6)

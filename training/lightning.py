@@ -1,0 +1,45 @@
+"""What all runs of Lightning share."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from treemem.errors import InputError
+
+
+def accelerator(device: str) -> dict[str, Any]:
+    """Options of `lightning.Trainer` for a device: `auto`, `cpu` or `cuda`; bfloat16 where a GPU has it.
+
+    Raises InputError for others, and where there is no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device = {device!r}: it must be auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = 'cuda': torch finds no CUDA device here; use auto or cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return {"accelerator": "cpu", "devices": 1}
+    return {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed" if torch.cuda.is_bf16_supported() else 32}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's advice is for those who write modules, not for those who run this."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero_level = rank_zero.level
+    rank_zero.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)
+        rank_zero.setLevel(rank_zero_level)
