@@ -54,6 +54,8 @@ _MARKS = 50
 """Points of the curve."""
 _LOOKS = 10
 """How often held-out texts are rebuilt on the way."""
+_CHOSEN_MOST = 400
+"""Windows that the rounds are chosen on, at most."""
 _FORCED = 32
 """Windows that are decoded with the true tokens before each place, which takes as many passes as there are tokens."""
 
@@ -378,7 +380,7 @@ def train_autoencoder(
     judged = windows(texts, loaded, made.tokens, config.held_out, config.seed)
     if not judged:
         raise InputError(f"no held-out text of {made.tokens} tokens; give longer ones, or fewer --tokens")
-    apart = min(max(int(len(train.ids) * CHOSEN_SHARE), 4 * made.tokens), 400 * made.tokens)
+    apart = min(max(int(len(train.ids) * CHOSEN_SHARE), 4 * made.tokens), _CHOSEN_MOST * made.tokens)
     ids = torch.from_numpy(train.ids.astype(np.int32))
     ids, chosen_on = ids[: len(ids) - apart], ids[len(ids) - apart :]
     if len(ids) < 8 * made.tokens:
@@ -389,6 +391,8 @@ def train_autoencoder(
     model = AutoEncoder(made, torch.bincount(ids.long(), minlength=made.vocabulary))
     with _told_full(folder):
         module = _fit(model, ids, config, judged, folder, options, resume, progress)
+        if options["accelerator"] == "gpu":
+            model.cuda()  # Lightning has brought it back
         return _finish(module, chosen_on, judged, loaded, folder, len(train.ids), progress)
 
 
@@ -440,7 +444,6 @@ def _fit(
 
     module = AutoEncoderModule(model, ids, config, judge, progress)
     checkpoint = folder / CHECKPOINT
-    torch.set_float32_matmul_precision("high")
     with quiet():
         trainer = lightning.Trainer(
             max_epochs=1,
@@ -526,8 +529,6 @@ def _finish(
 ) -> AutoEncodeReport:
     """Choose the rounds, measure, draw and write."""
     model, config = module.model, module.config
-    if torch.cuda.is_available() and module.on_gpu:
-        model.cuda()
     length = model.config.tokens
     apart = chosen_on[: len(chosen_on) // length * length].view(-1, length).long()
     progress("measuring", 0, None)
