@@ -648,7 +648,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path)
         left.plot([p["steps"] for p in curve], [p["loss"] for p in curve], label=name or None)
         looks = [(p["steps"], p["token accuracy"]) for p in curve if "token accuracy" in p]
         right.plot(*zip(*looks, strict=True), "o-", label=name or None)
-    left.set(title="loss (nats a token, some tokens told)", xlabel="steps", yscale="log")
+    left.set(title="loss (nats a token, some tokens told)", xlabel="steps", ylim=(0, None))
     right.set(title="held-out tokens right, from the vector alone", xlabel="steps", ylim=(0, 1.02))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
