@@ -80,6 +80,8 @@ class ReaderConfig:
     """How many nodes of each upper level are read."""
     best: How = "text"
     """What `auto` chooses: what measured best."""
+    reads: tuple[How, ...] = HOW
+    """What it has learned to read; one that reads text alone is saved without the other parts."""
 
     def __post_init__(self) -> None:
         for field, least in {
@@ -93,8 +95,8 @@ class ReaderConfig:
         }.items():
             if getattr(self, field) < least:
                 raise InputError(f"{field} = {getattr(self, field)}: it must be at least {least}")
-        if self.best not in HOW:
-            raise InputError(f"best = {self.best!r}: it must be one of {', '.join(HOW)}")
+        if self.best not in self.reads or not set(self.reads) <= set(HOW):
+            raise InputError(f"best = {self.best!r}, reads = {self.reads}: they must be among {', '.join(HOW)}")
 
 
 def model_id(model: LocalModel) -> str:
@@ -390,10 +392,10 @@ def save_reader(reader: Reader, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: value.detach().half().contiguous().cpu() for name, value in reader.projection.state_dict().items()
-        }
-        save_file(state, folder / PROJECTION_FILE)
+        if reader.config.reads != ("text",):
+            weights = reader.projection.state_dict()
+            state = {name: value.detach().half().contiguous().cpu() for name, value in weights.items()}
+            save_file(state, folder / PROJECTION_FILE)
         described = {"version": READER_VERSION, **asdict(reader.config), "card": reader.card}
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1) + "\n")
         (folder / CARD_FILE).write_text(card_text(reader))
@@ -416,10 +418,12 @@ def load_reader(name: str | Path) -> Reader | None:
         if described.pop("version") != READER_VERSION:
             raise InputError(f"{folder}: it was written by another version of treemem; train it anew")
         card = described.pop("card")
-        config = ReaderConfig(**{**described, "encoder": EncoderInfo(**described["encoder"])})
+        encoder, reads = EncoderInfo(**described["encoder"]), tuple(described["reads"])
+        config = ReaderConfig(**{**described, "encoder": encoder, "reads": reads})
         adapters = {name: folder / name for name in ADAPTERS if (folder / name / "adapter_config.json").exists()}
         reader = Reader(config, card=card, adapters=adapters)
-        reader.projection.load_state_dict({k: v.float() for k, v in load_file(folder / PROJECTION_FILE).items()})
+        if config.reads != ("text",):
+            reader.projection.load_state_dict({k: v.float() for k, v in load_file(folder / PROJECTION_FILE).items()})
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no reader there ({Path(str(error.filename)).name} is missing)") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -562,6 +566,11 @@ def choose_reader(choice: str, model: LanguageModel | None, encoder: EncoderInfo
         return None
     reading.reader.check(encoder, model)
     chosen = cast(How, how) if how else reading.reader.config.best
+    if chosen not in reading.reader.config.reads:
+        raise InputError(
+            f"reader = {choice!r}: it has learned to read {' and '.join(reading.reader.config.reads)} alone; train one "
+            "that reads vectors with treemem train-reader"
+        )
     return reading, chosen
 
 

@@ -619,6 +619,7 @@ class ReaderTrainer:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             _halved(self.folder / "saving" / name / "adapter_model.safetensors")
             (self.folder / "saving" / name / "README.md").unlink(missing_ok=True)
+            _named(self.folder / "saving" / name / "adapter_config.json", self.model.name)
             (self.folder / "saving" / name).rename(self.folder / name)
         shutil.rmtree(self.folder / "saving", ignore_errors=True)
         save_reader(self.reader, self.folder)
@@ -680,6 +681,13 @@ def _worker(number: int) -> None:
     """A tokenizer that starts threads in a forked process may wait for ever."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+
+
+def _named(path: Path, model: str) -> None:
+    """Name the model in an adapter's description, not the folder that it was loaded from."""
+    described = json.loads(path.read_text())
+    described["base_model_name_or_path"] = model
+    path.write_text(json.dumps(described, indent=1) + "\n")
 
 
 def _halved(path: Path) -> None:

@@ -99,7 +99,8 @@ def judge(
     Args:
         reading: a model with a reader.
         examples: whose reader vectors are made.
-        conditions: of `treemem.training.reader.CONDITIONS`; `gold` is left out where it is not known.
+        conditions: of `treemem.training.reader.CONDITIONS`; `gold` is left out where it is not known, and what
+            the reader has not learned to read.
         batch_tokens: most tokens of the prompts of a batch.
         progress: told how many replies there are.
         said: is given the replies, by condition.
@@ -110,6 +111,8 @@ def judge(
     figures = {}
     for condition in conditions:
         if condition == "gold" and not all(row.gold for row in rows):
+            continue
+        if {"shuffled": "vectors", "vectors": "vectors", "both": "both"}.get(condition, "text") not in own.reads:
             continue
         given = replies(
             reading, examples, condition, text_tokens=TEXT_TOKENS, batch_tokens=batch_tokens, progress=progress
