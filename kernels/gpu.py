@@ -61,7 +61,7 @@ def why_not() -> str | None:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed: pip install cupy-cuda12x (or the one for your CUDA version)"
+        return "CuPy is not installed: pip install cupy-cuda13x, or cupy-cuda12x for CUDA 12"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
