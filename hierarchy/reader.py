@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -477,7 +478,9 @@ def adapted(model: LocalModel, folder: Path) -> LocalModel:
     from peft import PeftModel
 
     try:
-        merged = PeftModel.from_pretrained(copy.deepcopy(model.model), str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what one library deprecates for the other
+            merged = PeftModel.from_pretrained(copy.deepcopy(model.model), str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the adapter cannot be used ({str(error).splitlines()[0]})") from error
     return LocalModel(

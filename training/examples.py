@@ -234,19 +234,18 @@ def gather_examples(
         )
         own_hits = tuple((used[chunk], score) for chunk, score in hits)
         rows.append(Example(question.text, question.answers, texts, _gold(memory, question), own_hits, nodes))
-    blocks = image.tree.levels[-1]
-    chunks = (blocks.rows[order] * blocks.scales[order, None]).astype(np.float16).reshape(len(order), -1)
+    blocks, width = image.tree.levels[-1], image.tree.dimension
+    chunks = (blocks.rows[order] * blocks.scales[order, None]).astype(np.float16).reshape(len(order), width)
     levels = {level: image.node_vectors(level) for level in {level for level, _ in places}}
     vectors = [levels[level][image.places(level)[node]] for level, node in places]
-    width = image.tree.dimension
-    ends = image.chunk_ends
+    ends = set(image.chunk_ends.tolist())
     follows = [i > 0 and order[i - 1] == chunk - 1 and chunk not in ends for i, chunk in enumerate(order)]
     return Examples(
         EncoderInfo(**memory.store.info().encoder),
         rows,
         [image.chunk_text(chunk) for chunk in order],
         follows,
-        chunks if len(order) else np.empty((0, width), np.float16),
+        chunks,
         np.array(vectors, np.float16).reshape(len(vectors), width),
     )
 

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from treemem.errors import InputError, MissingPackage
+from treemem.errors import InputError
 from treemem.hierarchy.context import GatheredVectors, PassageText, joined
 from treemem.hierarchy.embed import READER_WINDOW, Encoder
 from treemem.hierarchy.generate import LocalModel
@@ -61,6 +62,8 @@ MIXTURES: dict[str, dict[Task, float]] = {
     "answering": {"vectors": 0.65, "both": 0.1, "restore": 0.05, "fill": 0.2},
 }
 """Shares of the examples of each stage."""
+SHORTEST = 20
+"""Characters of a chunk that is worth giving back."""
 INSTRUCTIONS: dict[Task, str] = {
     "restore": "Write down the text that the memory holds.",
     "continue": "Write how the text goes on.",
@@ -157,7 +160,7 @@ class ReaderData:
         self.shape = (reader.nodes, reader.chunks, reader.more)
         self.passages = reader.chunks
         self.questions = [(s, r) for s, own in enumerate(sets) for r, row in enumerate(own.rows) if any(row.answers)]
-        self.chunks = [(s, c) for s, own in enumerate(sets) for c, text in enumerate(own.texts) if len(text) > 40]
+        self.chunks = [(s, c) for s, own in enumerate(sets) for c, text in enumerate(own.texts) if len(text) > SHORTEST]
         self._cut: dict[PassageText, list[int]] = {}
         self._texts = [model.encode_many(own.texts) for own in self.sets]
         # Once, before there are workers, each of which would do it again.
@@ -234,8 +237,6 @@ class ReaderData:
         """Batches without end, each of examples of similar length."""
         rng = np.random.default_rng(seed)
         tasks = [task for task in mixture if self._possible(task)]
-        if not tasks:
-            raise InputError("there is nothing to train a reader on: no questions with answers and no texts")
         chances = np.array([mixture[task] for task in tasks])
         chances /= chances.sum()
         while True:
@@ -500,7 +501,6 @@ class ReaderTrainer:
             progress: told about seconds (or steps) of each stage.
 
         Raises:
-            MissingPackage: peft is not installed.
             InputError: a setting cannot be used.
         """
         self.config = config or ReaderTraining()
@@ -531,12 +531,14 @@ class ReaderTrainer:
             if own.windows is None:
                 own.read(self.encoder, self.progress)
         self.data = ReaderData(self.model, self.sets, self.config, self.reader.config)
+        if not self.data.questions and not self.data.chunks:
+            raise InputError("there is nothing to train a reader on: no questions with answers and no texts")
         if not {"reading", "answering"} & set(done):
             self.progress("fitting the maps", 0, None)
             self.fitted = fit_maps(self.reader, self.model, self.encoder, self.sets)
         with quiet():
             for number, stage in enumerate(STAGES):
-                if stage in done or (stage != "reading" and not self.data.questions):
+                if stage in done or not (self.data.chunks if stage == "reading" else self.data.questions):
                     continue
                 if stage == "answering" and self.config.distil and "text" in done:
                     self._teach()
@@ -654,14 +656,13 @@ class ReaderTrainer:
 
 def _with_adapters(model: Any, rank: int) -> Any:
     """The model with two untrained adapters on all its projections."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingPackage("training a reader needs peft; run: pip install peft") from error
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    made = get_peft_model(model, config, adapter_name=ADAPTERS[0])
-    made.add_adapter(ADAPTERS[1], replace(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what one library deprecates for the other
+        made = get_peft_model(model, config, adapter_name=ADAPTERS[0])
+        made.add_adapter(ADAPTERS[1], replace(config))
     for name, parameter in made.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
