@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from treemem.errors import InputError, MissingPackage, ModelError, OutOfSpace
 from treemem.hierarchy.readers import ReadReport, read
 from treemem.hierarchy.vector import VectorConfig, save_encoder
-from treemem.training.lightning import accelerator, quiet
+from treemem.training.lightning import accelerator, fit, quiet
 from treemem.training.prose import (
     ASIDE_EVERY,
     Tokens,
@@ -456,14 +456,8 @@ def _fit(
             default_root_dir=folder,
             **options,
         )
-        try:
-            loader = DataLoader(_Steps(), batch_size=None)
-            trainer.fit(module, loader, ckpt_path=checkpoint if resume else None)
-        except SystemExit:  # how Lightning ends on Ctrl-C
-            if not trainer.interrupted:
-                raise
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        loader = DataLoader(_Steps(), batch_size=None)
+        fit(trainer, module, loader, ckpt_path=checkpoint if resume else None)
     return module
 
 

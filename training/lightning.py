@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning
 import torch
 
 from treemem.errors import InputError
@@ -25,6 +28,25 @@ def accelerator(device: str) -> dict[str, Any]:
     if device == "cpu" or not torch.cuda.is_available():
         return {"accelerator": "cpu", "devices": 1}
     return {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed" if torch.cuda.is_bf16_supported() else 32}
+
+
+def fit(trainer: lightning.Trainer, *args: Any, **options: Any) -> None:
+    """`trainer.fit`, which ends by SystemExit on Ctrl-C and leaves the next Ctrl-C without effect; this does neither.
+
+    Raises KeyboardInterrupt where it was interrupted.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(*args, **options)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 @contextmanager

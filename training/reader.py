@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -51,7 +52,7 @@ from treemem.hierarchy.reader import (
     tensors,
 )
 from treemem.training.examples import Examples
-from treemem.training.lightning import accelerator, quiet
+from treemem.training.lightning import accelerator, fit, quiet
 from treemem.types import Progress, no_progress
 
 Task = Literal["text", "restore", "continue", "fill", "vectors", "both"]
@@ -581,10 +582,8 @@ class ReaderTrainer:
             default_root_dir=self.folder,
             **self._options,
         )
-        trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+        fit(trainer, module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
         self.steps[stage] = trainer.global_step
-        if trainer.interrupted:
-            raise KeyboardInterrupt
 
     @torch.no_grad()
     def _teach(self) -> None:
@@ -646,10 +645,13 @@ class ReaderTrainer:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        for name in ADAPTERS:
-            weights = load_file(self.folder / name / "adapter_model.safetensors")
-            set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
-        saved = load_file(self.folder / PROJECTION_FILE)
+        try:
+            weights = {name: load_file(self.folder / name / "adapter_model.safetensors") for name in ADAPTERS}
+            saved = load_file(self.folder / PROJECTION_FILE)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.folder}: the interrupted run there is damaged ({error}); remove it") from error
+        for name, own in weights.items():
+            set_peft_model_state_dict(self.peft_model, own, adapter_name=name)
         self.reader.projection.load_state_dict({key: value.float() for key, value in saved.items()})
         return list(state["done"])
 

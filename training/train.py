@@ -27,7 +27,7 @@ from treemem.hierarchy.weights import Hierarchy
 from treemem.training.corpus import Corpus, Met
 from treemem.training.decode import DecoderTraining, decoder_set, ranked_by_decoder, train_decoder
 from treemem.training.fit import reciprocal_rank
-from treemem.training.lightning import accelerator, quiet
+from treemem.training.lightning import accelerator, fit, quiet
 from treemem.training.measure import KEPT, Measured, figures_of, fitted_scale, measure, searched
 from treemem.training.module import AllLevels, LevelPair, LevelsModule, TrainConfig
 from treemem.training.questions import Pool
@@ -301,10 +301,10 @@ class HierarchyTrainer:
             **self._options,
         )
         last = checkpoints / "last.ckpt"
-        trainer.fit(module, ckpt_path=last if last.exists() else None)
-        self.hierarchy.cpu().eval()
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            fit(trainer, module, ckpt_path=last if last.exists() else None)
+        finally:
+            self.hierarchy.cpu().eval()
         return bool(trainer.current_epoch >= stage.epochs)
 
     def _module(self, stage: Stage) -> LevelsModule:
