@@ -83,11 +83,17 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def _last_parts(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_last_parts(own) for own in value]
+    return Path(value).name if isinstance(value, Path) else value
+
+
 def save(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Write figures with the command that made them, whole or not at all."""
     RESULTS.mkdir(exist_ok=True)
-    # The options that name places on a machine are left out: they say nothing about the figures.
-    options = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
+    # Options that name a place on a machine say nothing about the figures; of lists of them the names are kept.
+    options = {k: _last_parts(v) for k, v in vars(arguments).items() if not isinstance(v, Path)}
     document = {
         "command": f"benchmarks/{Path(sys.argv[0]).name}",
         "options": options,

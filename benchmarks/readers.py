@@ -81,8 +81,9 @@ def main() -> None:
     out["device"] = torch.cuda.get_device_name() if reading.model.model.device.type == "cuda" else "cpu"
     out["sets"] = {}
     samples: dict[str, Any] = {}
-    for named in options.judge:
-        name, _, folder = named.partition("=")
+    places = dict(named.split("=", 1) for named in options.judge)
+    options.judge = list(places)  # what is kept with the figures
+    for name, folder in places.items():
         examples = Examples.load(folder)
         examples = examples.take(range(min(len(examples.rows), options.most or len(examples.rows))))
         examples.read(encoder)

@@ -81,7 +81,7 @@ class ReaderTraining:
     """Of all stages together; what the preparation takes is not counted."""
     steps: int | None = None
     """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
-    shares: tuple[float, float, float] = (0.3, 0.25, 0.45)
+    shares: tuple[float, float, float] = (0.2, 0.45, 0.35)
     """Of the time, for `text`, `reading` and `answering`."""
     batch_tokens: int = 16384
     """Most tokens in a batch, padding included."""
