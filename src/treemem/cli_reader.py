@@ -51,7 +51,8 @@ def train_reader(
             gathered = text_examples(documents, opened.encoder, limit, language, most=20_000)
         if save_examples is not None:
             gathered.save(save_examples)
-            out.print(f"{shown(str(save_examples))}: {len(gathered.rows):,} questions, {len(gathered.texts):,} chunks")
+            told = f"{shown(str(save_examples))}: {len(gathered.rows):,} questions, {len(gathered.texts):,} chunks"
+            out.print(told, soft_wrap=True)
             return
         sets = [gathered, *(Examples.load(folder) for folder in examples or [])]
 
@@ -84,4 +85,5 @@ def train_reader(
         return
     if gates is not None:
         out.print(gate_table(gates))
-    out.print(f'{shown(str(save))}: ask with  treemem ask {shown(memory)} "…" --reader {shown(str(save))}')
+    told = f'{shown(str(save))}: ask with  treemem ask {shown(memory)} "…" --reader {shown(str(save))}'
+    out.print(told, soft_wrap=True)

@@ -1,0 +1,120 @@
+"""A reader from the command line: trained on a set, judged on its held-out questions, asked with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.evaluation.sets import COUNTRIES, queries, write_jsonl, write_set
+from tests.models import tiny_model
+from tests.test_cli import Run, run
+from tests.test_json import ASK, NUMBER, check, one_document
+
+from treemem.hierarchy.embed import Encoder
+from treemem.hierarchy.memory import Memory
+
+__all__ = ["run"]  # a fixture of the command line's tests
+
+CONDITION = {"exact_match": NUMBER, "f1": NUMBER, "contained": NUMBER}
+WAYS = ("unadapted", "no context", "shuffled", "vectors", "text", "both", "gold")
+QUESTION = "What is the capital of Peru?"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the questions are to train on."""
+    folder = write_set(tmp_path_factory.mktemp("sets") / "countries")
+    asked = queries()
+    for number, query in enumerate(asked):
+        query["split"] = "train" if number % 2 else "dev"
+    write_jsonl(folder, "queries", asked, "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory, dataset: Path, minilm: Encoder) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "countries.memory"
+    Memory.build([dataset / "corpus.jsonl"], path, encoder=minilm)
+    return path
+
+
+def saved_model(folder: Path, kind: str = "llama") -> Path:
+    """A tiny language model as others would have it on their disk."""
+    model = tiny_model(kind, tuple(" ".join(row) for row in COUNTRIES), vocabulary=500, context=2048)
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, memory: Path, dataset: Path, llm: Path
+) -> tuple[Path, list[object]]:
+    """Where the reader will be, and the command that trains it."""
+    folder = tmp_path_factory.mktemp("reader") / "my.reader"
+    command = ["train-reader", memory, "--dataset", dataset, "--llm", llm, "--save", folder, "--minutes", "0.1"]
+    return folder, [*command, "--device", "cpu", "--judges", "4"]
+
+
+def test_trained_judged_and_asked_with(
+    run: Run, trained: tuple[Path, list[object]], memory: Path, dataset: Path, llm: Path
+) -> None:
+    folder, command = trained
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    done = run(*command, "--json")
+    assert done.code == 0, done.err
+    told = one_document(done.out)
+    assert told["reader"] == str(folder)
+    check(told["gates"]["conditions"], dict.fromkeys(WAYS, CONDITION))
+    assert set(told["gates"]) == {"questions", "vectors", "text_tokens", "conditions", "gates"}
+    assert told["gates"]["questions"] == 4
+    described = json.loads((folder / "config.json").read_text())
+    f1 = {how: told["gates"]["conditions"][how]["f1"] for how in ("text", "vectors", "both")}
+    assert f1[described["best"]] == max(f1.values())
+    assert "## Held-out questions" in (folder / "README.md").read_text()
+    assert not (folder / "checkpoints").exists()
+
+    replies = {}
+    for how in ("text", "vectors", "both"):
+        done = run("ask", memory, QUESTION, "--llm", llm, "--reader", f"{how}@{folder}", "--threshold", "0", "--json")
+        assert done.code == 0, done.err
+        value = one_document(done.out)
+        check(value, ASK)
+        replies[how] = value
+    assert all(value["found"] for value in replies.values())
+
+    options = ["--memory", memory, "--split", "dev", "--answers", "--llm", llm, "--max-queries", "2", "--modes", "walk"]
+    done = run("eval", dataset, *options, "--readers", "--reader", folder)
+    assert [
+        word for word in ("no context", "shuffled", "gold", "vectors beat no context") if word not in done.out
+    ] == []
+    torch.set_num_threads(before)
+
+
+def test_examples_alone(run: Run, memory: Path, dataset: Path, tmp_path: Path) -> None:
+    done = run("train-reader", memory, "--dataset", dataset, "--save-examples", tmp_path / "examples")
+    assert done.code == 0, done.err
+    assert "30 chunks" in done.out
+    assert {path.name for path in (tmp_path / "examples").iterdir()} == {"examples.json.zst", "vectors.npz"}
+
+
+def test_a_reader_of_another_model_is_refused_in_one_line(run: Run, memory: Path, tmp_path: Path, llm: Path) -> None:
+    done = run("ask", memory, QUESTION, "--llm", llm, "--reader", "text")
+    assert done.code == 1
+    assert "trained for the language model 'smollm2'" in done.error
+    assert run("ask", memory, QUESTION, "--llm", llm, "--reader", tmp_path).error.endswith("(config.json is missing)")
+    assert "needs a language model on this machine" in run(
+        "ask", memory, QUESTION, "--llm", "none", "--reader", "text"
+    ).error  # fmt: skip
+
+
+def test_readers_without_answers(run: Run, dataset: Path) -> None:
+    assert "add --answers" in run("eval", dataset, "--readers").error
