@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
 
 from treemem.config import SearchConfig
 from treemem.errors import InputError
-from treemem.hierarchy.context import PassageText, gather_vectors, labelled, passages
+from treemem.hierarchy.context import GatheredVectors, PassageText, gather_vectors, labelled, passages
 from treemem.hierarchy.embed import DEFAULT_ENCODER
 from treemem.hierarchy.generate import LanguageModel
 from treemem.hierarchy.prompt import (
@@ -26,12 +27,14 @@ from treemem.hierarchy.prompt import (
     ranked_sentences,
     without_thoughts,
 )
-from treemem.types import Answer, Context, Passage, SearchResult
+from treemem.types import Answer, Attribution, Context, Passage, SearchResult
 
 if TYPE_CHECKING:
     from treemem.hierarchy.memory import Memory
-    from treemem.hierarchy.reader import How, ReadingModel
+    from treemem.hierarchy.reader import How, ReaderPrompt, ReadingModel
 
+Attribute = Literal["attention", "gradients"]
+"""Where a model looked: by attention alone, or also by gradients, which take a pass backward for each token."""
 
 DEFAULT_THRESHOLD = 1.7
 """Below this score of the best hit a memory does not hold the answer. Measured in mode `deep` with the default encoder
@@ -89,6 +92,7 @@ def ask(
     within: Iterable[str] | None = None,
     on_text: Callable[[str], None] | None = None,
     reader: tuple[ReadingModel, How] | None = None,
+    attribute: Attribute | None = None,
 ) -> Answer:
     """Answer a question from a memory.
 
@@ -101,9 +105,16 @@ def ask(
         within: ids of the documents to look in.
         on_text: is given the model's reply piece by piece as it comes, before it is checked.
         reader: reads the memory for the model, and how; None asks the model as it is.
+        attribute: also tell where the model looked.
 
-    Raises ModelError where the model fails.
+    Raises:
+        ModelError: the model fails.
+        InputError: an attribution of another kind is asked for, or one where no reader is.
     """
+    if attribute not in (None, *get_args(Attribute)):
+        raise InputError(f"attribute = {attribute!r}: it must be attention or gradients")
+    if attribute is not None and reader is None:
+        raise InputError("attribution: it needs a reader, which makes the prompt; ask with --reader text")
     _ = memory.searcher  # the encoder is loaded before the clock starts
     clock = _Clock()
     result = memory.search_many([question], search, within=within)[0]
@@ -118,6 +129,7 @@ def ask(
     clock.lap("context")
     if model is None:
         return _quoted(_ranked(memory, question, context), context, config, clock)
+    trace: Callable[[], Attribution] | None = None
     if reader is None:
         budget = model.context_tokens - config.max_tokens
         prompt = build_prompt(
@@ -127,8 +139,19 @@ def ask(
         context = Context(context.levels, prompt.context.passages)
         stream = model.stream(prompt.messages, config.max_tokens)
     else:
-        stream = _read(memory, *reader, question, result, found, config)
+        reading, how = reader
+        read, given = _read(memory, reading, how, question, result, found, config)
+        ids: list[int] = []
+        stream = reading.stream(how, read, given, config.max_tokens, ids)
+        if attribute is not None:
+            trace = partial(_attribution, reading, how, read, given, ids, attribute)
     reply = without_thoughts(_generate(stream, on_text, clock))
+    answer = _checked(memory, question, reply, context, config, clock)
+    return answer if trace is None else replace(answer, attribution=trace())
+
+
+def _checked(memory: Memory, question: str, reply: str, context: Context, config: AskConfig, clock: _Clock) -> Answer:
+    """The reply where the passages bear it, else quotes."""
     grounded = is_grounded(reply, question, context.passages)
     if is_refusal(reply, borne=grounded and is_marked(reply, context.passages)):
         return Answer(REFUSAL, (), context, True, False, False, clock.laps)
@@ -173,8 +196,8 @@ def _read(
     result: SearchResult,
     found: Sequence[Passage],
     config: AskConfig,
-) -> Iterator[str]:
-    """The reply of a model that is given vectors, passages or both."""
+) -> tuple[ReaderPrompt, GatheredVectors | None]:
+    """The prompt of a model that is given vectors, passages or both."""
     from treemem.hierarchy.reader import reader_prompt
 
     own = reading.reader.config
@@ -187,7 +210,20 @@ def _read(
     prompt = reader_prompt(
         reading.model, question, () if how == "vectors" else texts, 0 if given is None else len(given), most
     )
-    return reading.stream(how, prompt, given, config.max_tokens)
+    return prompt, given
+
+
+def _attribution(
+    reading: ReadingModel,
+    how: How,
+    prompt: ReaderPrompt,
+    given: GatheredVectors | None,
+    ids: Sequence[int],
+    what: Attribute,
+) -> Attribution:
+    from treemem.hierarchy.attribute import attribute
+
+    return attribute(reading, how, prompt, given, ids, gradients=what == "gradients")
 
 
 def _generate(stream: Iterator[str], on_text: Callable[[str], None] | None, clock: _Clock) -> str:

@@ -325,7 +325,8 @@ class LocalModel:
             padding = ends[0] if isinstance(ends, list) else ends
         # A model may bring sampling settings of its own; ours are complete.
         model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=padding)
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
+        """Held while the model works."""
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` as it would stand in a prompt, the template's own not counted."""
@@ -404,14 +405,21 @@ class LocalModel:
         )
         return str(rendered)
 
-    def stream_embedded(self, embeds: Float[torch.Tensor, "1 n width"], max_tokens: int) -> Iterator[str]:
+    def stream_embedded(
+        self, embeds: Float[torch.Tensor, "1 n width"], max_tokens: int, ids: list[int] | None = None
+    ) -> Iterator[str]:
         """Pieces of the reply to a prompt that is given as input embeddings, the likeliest token always.
+
+        Args:
+            embeds: the prompt.
+            max_tokens: most tokens of the reply.
+            ids: is given the reply's tokens as they come.
 
         Raises:
             ModelError: prompt and reply do not fit into the context, or the model fails.
         """
         self._require_room(embeds.shape[1], max_tokens)
-        return self._generate({"inputs_embeds": embeds}, 0, max_tokens, 0.0, 0)
+        return self._generate({"inputs_embeds": embeds}, 0, max_tokens, 0.0, 0, ids)
 
     def _require_room(self, prompt: int, reply: int) -> None:
         if prompt + reply > self.context_tokens:
@@ -421,7 +429,13 @@ class LocalModel:
             )
 
     def _generate(
-        self, inputs: dict[str, torch.Tensor], length: int, max_tokens: int, temperature: float, seed: int
+        self,
+        inputs: dict[str, torch.Tensor],
+        length: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        ids: list[int] | None = None,
     ) -> Iterator[str]:
         """Run the model on a prompt of ids or of embeddings.
 
@@ -431,6 +445,7 @@ class LocalModel:
             max_tokens: most tokens of the reply.
             temperature: 0 takes the likeliest token always.
             seed: of the sampling.
+            ids: is given the reply's tokens as they come.
         """
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -447,6 +462,8 @@ class LocalModel:
                     raise ModelError(
                         f"language model {self.name!r}: it failed while generating ({_first_line(token)})"
                     ) from token
+                if ids is not None:
+                    ids.append(token)
                 if piece := text.add(token):
                     yield piece
             if piece := text.rest():
@@ -472,7 +489,7 @@ class LocalModel:
             sampling: dict[str, Any] = {"do_sample": False}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature}
-            with self._turn, torch.inference_mode(), torch.random.fork_rng(enabled=temperature > 0):
+            with self.turn, torch.inference_mode(), torch.random.fork_rng(enabled=temperature > 0):
                 if temperature > 0:
                     torch.manual_seed(seed)
                 shape = next(iter(inputs.values())).shape[:2]

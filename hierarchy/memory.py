@@ -19,7 +19,7 @@ import numpy as np
 
 from treemem.config import SearchConfig, TreeConfig
 from treemem.errors import Conflict, DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
-from treemem.hierarchy.ask import AskConfig, ask, config_for
+from treemem.hierarchy.ask import AskConfig, Attribute, ask, config_for
 from treemem.hierarchy.build import alone, build, check_encoder, require_free, write_image
 from treemem.hierarchy.edits import EditReport, apply, compact, encode, masked_status, numbers_of, recall, sort_out
 from treemem.hierarchy.embed import DEFAULT_ENCODER, Encoder, EncoderInfo, load_encoder
@@ -343,6 +343,7 @@ class Memory:
         config: AskConfig | None = None,
         on_text: Callable[[str], None] | None = None,
         reader: str = "auto",
+        attribute: Attribute | None = None,
     ) -> Answer:
         """Answer a question from the memory, with citations.
 
@@ -361,6 +362,8 @@ class Memory:
             reader: what the model is given of the memory: `text`, `vectors` or `both`, through the packaged reader; a
                 folder, or `vectors@FOLDER`, for another; `none` asks the model as it is; `auto` takes what measured
                 best, where a reader fits the model. See `treemem.hierarchy.reader.choose_reader`.
+            attribute: also tell where the model looked, in `Answer.attribution`: by `attention`, or by that and by
+                `gradients`, which take a pass backward for each token; needs a reader.
 
         Raises:
             UnknownModel: there is no such language model.
@@ -384,7 +387,8 @@ class Memory:
             config = replace(config, threshold=threshold)
         search = SearchConfig(mode=mode, k=ASK_HITS, beam=beam)  # type: ignore[arg-type]
         here = self._as_it_is(encoder=True)
-        return ask(here, question, llm, search, config, here._restricted(within, where), on_text, reading)
+        within = here._restricted(within, where)
+        return ask(here, question, llm, search, config, within, on_text, reading, attribute)
 
     def document(self, document_id: str) -> Document:
         """A whole document.

@@ -513,7 +513,14 @@ class ReadingModel:
         """The prompt as the model's input embeddings, vectors in their places."""
         return embed_prompts(self.model_for(how).model, self.projection, [prompt], [given])[0]
 
-    def stream(self, how: How, prompt: ReaderPrompt, given: GatheredVectors | None, max_tokens: int) -> Iterator[str]:
+    def stream(
+        self,
+        how: How,
+        prompt: ReaderPrompt,
+        given: GatheredVectors | None,
+        max_tokens: int,
+        ids: list[int] | None = None,
+    ) -> Iterator[str]:
         """Pieces of the reply as they come; closing the iterator stops the model.
 
         Args:
@@ -521,12 +528,13 @@ class ReadingModel:
             prompt: of `reader_prompt`.
             given: the vectors that belong in it, None where it has no place for any.
             max_tokens: most tokens of the reply.
+            ids: is given the reply's tokens as they come.
 
         Raises:
             ModelError: the model fails.
         """
         model = self.model_for(how)
-        return model.stream_embedded(self.embedded(how, prompt, given), max_tokens)
+        return model.stream_embedded(self.embedded(how, prompt, given), max_tokens, ids)
 
 
 _reading: WeakKeyDictionary[LanguageModel, dict[str, ReadingModel]] = WeakKeyDictionary()

@@ -362,13 +362,13 @@ extern "C" __global__ void walk(
     clear(s.table);
     __syncthreads();  // the frontier and its width are there
     i32 width = s.counters[WIDTH], twice = at_chunks ? chunks_twice : nodes_twice;
+    // Sizes are read by as many threads, so that the block waits for memory once; then one thread adds them up.
+    for (i32 f = threadIdx.x; f < width; f += blockDim.x)
+      s.base[f + 1] = (i32)(offsets[s.frontier[f] + 1] - offsets[s.frontier[f]]);
+    __syncthreads();
     if (threadIdx.x == 0) {
-      i32 below = 0;
-      for (i32 f = 0; f < width; f++) {
-        s.base[f] = below;
-        below += (i32)(offsets[s.frontier[f] + 1] - offsets[s.frontier[f]]);
-      }
-      s.base[width] = below;
+      s.base[0] = 0;
+      for (i32 f = 0; f < width; f++) s.base[f + 1] += s.base[f];
       s.counters[KEPT] = s.counters[MET] = s.counters[BEST] = 0;
     }
     __syncthreads();

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,10 @@ def read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
     """
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError(f"{Path(file.name).name}: another version of NumPy's file format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (SyntaxError, TypeError, tokenize.TokenError, EOFError) as error:  # of a header that is no Python literal
+        raise ValueError(f"{Path(file.name).name}: its header is damaged ({error})") from error
     if fortran or dtype.hasobject:
         raise ValueError(f"{Path(file.name).name}: no plain array")
     return dtype, shape

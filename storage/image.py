@@ -360,11 +360,11 @@ class Image:
             """(d, d) and (d): what vectors are multiplied by, less their mean, before they are clustered."""
             self._names = tuple(self._load(f"level-{number}-names") for number in range(len(sizes), 1, -1))
         except (OSError, ValueError, EOFError, RecursionError, KeyError, DamagedMemory) as error:
-            raise DamagedMemory(f"{folder}: the serving image is damaged ({error}); delete the folder") from error
+            raise self._damaged(error) from error
 
         known = len(self._id_hashes) + len(self._id_tail)
         if not known == len(self._text_ends) == len(self.status) or len(self.spans) != self.tree.sizes[-1]:
-            raise DamagedMemory(f"{folder}: the serving image is damaged (counts differ); delete the folder")
+            raise self._damaged(ValueError("counts differ"))
 
     def _load(self, name: str) -> Any:
         return map_npy(self.folder / f"{name}.npy", self._rows.get(name))
@@ -478,10 +478,15 @@ class Image:
         return bytes(self._records[begin : int(self._record_ends[document])])
 
     def record(self, document: int) -> dict[str, Any]:
-        """Id, title and metadata of a document."""
-        record = json.loads(self._record_bytes(document))
-        assert isinstance(record, dict)
-        return record
+        """Id, title and metadata of a document.
+
+        Raises DamagedMemory where the image's file holds something else.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self._record_bytes(document))
+            return {"id": record["id"], "title": record["title"], "metadata": record["metadata"]}
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._damaged(error) from error
 
     def reference(self, document: int) -> DocumentRef:
         """Id and title of a document."""
@@ -489,9 +494,12 @@ class Image:
         return DocumentRef(record["id"], record["title"])
 
     def text(self, document: int) -> str:
-        """The whole text of a document."""
+        """The whole text of a document.
+
+        Raises DamagedMemory where the image's file holds something else than text.
+        """
         begin = int(self._text_ends[document - 1]) if document else 0
-        return bytes(self._text[begin : int(self._text_ends[document])]).decode()
+        return self._decoded(begin, int(self._text_ends[document]))
 
     def document(self, document: int) -> Document:
         """A whole document."""
@@ -510,4 +518,13 @@ class Image:
         """The text from the beginning of one chunk to the end of another of the same document."""
         document = int(self.document_of(np.array(first)))
         begin = int(self._text_ends[document - 1]) if document else 0
-        return bytes(self._text[begin + int(self.spans[first, 2]) : begin + int(self.spans[last, 3])]).decode()
+        return self._decoded(begin + int(self.spans[first, 2]), begin + int(self.spans[last, 3]))
+
+    def _decoded(self, begin: int, end: int) -> str:
+        try:
+            return bytes(self._text[begin:end]).decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DamagedMemory:
+        return DamagedMemory(f"{self.folder}: the serving image is damaged ({error}); delete the folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from treemem.hierarchy.generate import Decoding, LocalModel
@@ -94,3 +95,11 @@ def tiny_model(
     weights = model(config).eval()
     torch.random.set_rng_state(state)
     return LocalModel(f"tiny {kind}", weights, tokenizer, decoding=Decoding())
+
+
+def saved_model(folder: Path, texts: tuple[str, ...] = ()) -> Path:
+    """A tiny language model in a folder, as others would have theirs on their disk."""
+    model = tiny_model("llama", texts, vocabulary=500, context=4096)
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.evaluation.sets import COUNTRIES, queries, write_jsonl, write_set
-from tests.models import tiny_model
+from tests.models import saved_model
 from tests.test_cli import Run, run
 from tests.test_json import ASK, NUMBER, check, one_document
 
@@ -18,6 +18,13 @@ from treemem.hierarchy.memory import Memory
 __all__ = ["run"]  # a fixture of the command line's tests
 
 CONDITION = {"exact_match": NUMBER, "f1": NUMBER, "contained": NUMBER}
+ATTRIBUTION = {
+    "reply": str,
+    "tokens": [str],
+    "sources": [dict.fromkeys(("level", "element", "place", "number"), int | None) | {"kind": str}],
+    "attention": [[float]],
+    "gradients": [[float]],
+}
 WAYS = ("unadapted", "no context", "shuffled", "vectors", "text", "both", "gold")
 QUESTION = "What is the capital of Peru?"
 
@@ -40,17 +47,9 @@ def memory(tmp_path_factory: pytest.TempPathFactory, dataset: Path, minilm: Enco
     return path
 
 
-def saved_model(folder: Path, kind: str = "llama") -> Path:
-    """A tiny language model as others would have it on their disk."""
-    model = tiny_model(kind, tuple(" ".join(row) for row in COUNTRIES), vocabulary=500, context=2048)
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("llm"))
+    return saved_model(tmp_path_factory.mktemp("llm"), tuple(" ".join(row) for row in COUNTRIES))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +89,30 @@ def test_trained_judged_and_asked_with(
         check(value, ASK)
         replies[how] = value
     assert all(value["found"] for value in replies.values())
+
+    asked = [
+        "attribute",
+        memory,
+        QUESTION,
+        "--llm",
+        llm,
+        "--reader",
+        f"both@{folder}",
+        "--threshold",
+        "0",
+        "--max-tokens",
+        "5",
+    ]
+    done = run(*asked, "--gradients", "--json")
+    assert done.code == 0, done.err
+    value = one_document(done.out)
+    check(value, {**ASK, "attribution": ATTRIBUTION})
+    assert len(value["attribution"]["attention"]) == len(value["attribution"]["tokens"])
+    done = run(*asked)
+    lines = [line.split() for line in done.out.splitlines()]
+    assert any(line[:3] == ["L1", "L0", "[1]"] for line in lines), done.out
+    assert lines[-1][0] == "mean"
+    assert 98 < sum(map(float, lines[-1][1:])) < 102
 
     options = ["--memory", memory, "--split", "dev", "--answers", "--llm", llm, "--max-queries", "2", "--modes", "walk"]
     done = run("eval", dataset, *options, "--readers", "--reader", folder)

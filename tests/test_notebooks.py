@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from tests.models import saved_model
 
 from treemem import Memory
 from treemem.draw import draw_walk, positions
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    if "TREEMEM_LLM" in path.read_text("utf-8"):  # a tiny model is quicker than the packaged one
+        monkeypatch.setenv("TREEMEM_LLM", str(saved_model(tmp_path / "llm")))
     # The kernel is another process: it must find treemem where this one does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)

@@ -241,7 +241,7 @@ def search(
     from treemem.config import SearchConfig
 
     config = SearchConfig(mode=mode, k=k, beam=beam, decoder=decoder)  # type: ignore[arg-type]
-    query = _read_query(query)
+    query = read_query(query)
     with progress_of(as_json) as progress:
         opened = Memory.open(memory, at=at, progress=progress)
     result = opened.search(query, config=config, within=within, where=where)
@@ -276,12 +276,12 @@ def ask(
     """Answer a question from the memory, with citations."""
     from treemem import Memory
 
-    question = _read_query(question)
+    question = read_query(question)
     with progress_of(as_json) as progress:
         opened = Memory.open(memory, at=at, progress=progress)
         model = opened.language_model(llm, url=llm_url, progress=progress)
     options = {"mode": mode, "beam": beam, "within": within, "where": where, "max_tokens": max_tokens}
-    _ask(opened, question, model, as_json, threshold=threshold, reader=reader, **options)
+    ask_and_print(opened, question, model, as_json, threshold=threshold, reader=reader, **options)
 
 
 @app.command()
@@ -472,7 +472,7 @@ def demo(
     for question in QUESTIONS:
         out.rule(style="dim")
         out.print(f"[bold]{escape(question)}[/]")
-        _ask(opened, question, model, False)
+        ask_and_print(opened, question, model, False)
     out.rule(style="dim")
     name = escape(str(memory))
     out.print("Go on:", style="bold")
@@ -516,7 +516,8 @@ def _print_training(report: TrainReport) -> None:
         )
 
 
-def _read_query(query: str) -> str:
+def read_query(query: str) -> str:
+    """A query as it was given, or standard input for `-`."""
     return sys.stdin.read() if query == "-" else query
 
 
@@ -552,7 +553,7 @@ def _print_hits(result: SearchResult, chunks: int) -> None:
     out.print(f"[dim]{result.scored:,} vectors scored in a memory of {chunks:,} chunks, {result.ms:.1f} ms[/]")
 
 
-def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) -> None:
+def ask_and_print(opened: Any, question: str, model: Any, as_json: bool, **options: Any) -> Answer:
     """Ask, showing the reply as it comes, then what it cites."""
     streamed: list[str] = []
 
@@ -564,7 +565,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
     answer: Answer = opened.ask(question, llm=model, on_text=show if live else None, **options)
     if as_json:
         print_json(answer.to_json())
-        return
+        return answer
     if streamed:
         out.print()
         if answer.extractive and answer.found:
@@ -580,6 +581,7 @@ def _ask(opened: Any, question: str, model: Any, as_json: bool, **options: Any) 
         )
     # The first token is a part of generating.
     out.print(f"[dim]{sum(s for step, s in answer.timings.items() if step != 'first_token'):.1f} s[/]")
+    return answer
 
 
 from treemem import cli_autoencode, cli_edit, cli_reader  # noqa: E402, F401 - their commands belong to `app`

@@ -1,4 +1,4 @@
-"""The commands that teach a language model to read a memory."""
+"""The commands about a language model that reads a memory: teaching it, and seeing where it looked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from treemem.cli import AsJson, MemoryPath, app, out, print_json, progress_of, shown
+from treemem.cli import (
+    AsJson,
+    At,
+    Llm,
+    MemoryPath,
+    ModeOption,
+    ReaderName,
+    app,
+    ask_and_print,
+    out,
+    print_json,
+    progress_of,
+    read_query,
+    shown,
+)
 from treemem.errors import InputError
 
 
@@ -87,3 +103,57 @@ def train_reader(
         out.print(gate_table(gates))
     told = f'{shown(str(save))}: ask with  treemem ask {shown(memory)} "…" --reader {shown(str(save))}'
     out.print(told, soft_wrap=True)
+
+
+@app.command()
+def attribute(
+    memory: MemoryPath,
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    llm: Llm = "smollm2",
+    reader: ReaderName = "auto",
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Gradient times input too: a pass backward for each token.")
+    ] = False,
+    mode: ModeOption = "deep",
+    at: At = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Least score of the best hit, as of ask.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask, and show which passages and levels the language model looked at while it wrote each token."""
+    from treemem import Memory
+
+    question = read_query(question)
+    with progress_of(as_json) as progress:
+        opened = Memory.open(memory, at=at, progress=progress)
+        model = opened.language_model(llm, progress=progress)
+    answer = ask_and_print(
+        opened,
+        question,
+        model,
+        as_json,
+        mode=mode,
+        max_tokens=max_tokens,
+        threshold=threshold,
+        reader=reader,
+        attribute="gradients" if gradients else "attention",
+    )
+    if as_json:
+        return
+    found = answer.attribution
+    if found is None or not found.tokens:
+        out.print("The language model wrote nothing.")
+        return
+    if answer.extractive:
+        out.print(f"The language model wrote: {shown(found.reply)}", soft_wrap=True)
+    for title, by_gradients in (("attention", False), *([("gradient x input", True)] if gradients else [])):
+        groups = found.grouped(gradients=by_gradients)
+        table = Table(title=f"{title}, percent of each token", title_justify="left", box=None)
+        table.add_column("")
+        for name in groups:
+            table.add_column(escape(name), justify="right")
+        for row, token in enumerate(found.tokens):
+            table.add_row(shown(token), *(f"{100 * own[row]:.0f}" for own in groups.values()))
+        table.add_section()
+        table.add_row("mean", *(f"{100 * sum(own) / len(own):.1f}" for own in groups.values()))
+        out.print(table)

@@ -1,14 +1,14 @@
-"""Pictures of a walk; needs matplotlib, which the extra `notebooks` brings."""
+"""Pictures of a walk and of where a model looked; needs matplotlib, which the extra `notebooks` brings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treemem.errors import InputError, MissingPackage
 from treemem.kernels import ServingTree
-from treemem.types import SearchResult
+from treemem.types import Answer, SearchResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,10 +48,7 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
     """
     if not result.gathered:
         raise InputError("this result has no walk to draw; search in mode walk, hybrid or deep")
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingPackage("drawing needs matplotlib; run: pip install matplotlib") from error
+    plt = _pyplot()
     axes = axes or plt.subplots(figsize=(10, 1 + 1.1 * memory.image.tree.depth))[1]
     depth = memory.image.tree.depth
     # By the numbers that results name nodes by.
@@ -77,3 +74,39 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
     axes.set_xlim(-0.01, 1.26)
     axes.axis("off")
     return axes
+
+
+def draw_attribution(answer: Answer, axes: Axes | None = None, *, gradients: bool = False) -> Axes:
+    """Draw where a model looked while it wrote: tokens of the reply from left to right, what it was given downwards.
+
+    Args:
+        answer: of `Memory.ask` with `attribute`.
+        axes: where to draw; a new figure if none are given.
+        gradients: gradient times input in place of attention.
+
+    Raises:
+        InputError: the answer has no attribution, or none by gradients.
+        MissingPackage: matplotlib is not installed.
+    """
+    found = answer.attribution
+    if found is None or (gradients and found.gradients is None):
+        raise InputError('this answer has nothing of that kind to draw; ask with attribute="gradients" or "attention"')
+    groups = {name: own for name, own in found.grouped(gradients=gradients).items() if name != "rest"}
+    shares = np.array(list(groups.values())).reshape(len(groups), len(found.tokens))
+    if axes is None:
+        axes = _pyplot().subplots(figsize=(2 + 0.45 * max(4, len(found.tokens)), 1 + 0.32 * len(groups)))[1]
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(groups)), list(groups))
+    tokens = [token.strip() or repr(token) for token in found.tokens]
+    axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right", parse_math=False)
+    axes.figure.colorbar(image, ax=axes, label="share", fraction=0.03, pad=0.02)
+    axes.set_title("gradient x input" if gradients else "attention", fontsize=11)
+    return axes
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise MissingPackage("drawing needs matplotlib; run: pip install matplotlib") from error
+    return plt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Span = tuple[int, int]
 """Half-open range of characters, (start, end)."""
@@ -154,6 +154,61 @@ class Citation:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A part of what a language model was given, or its own reply so far."""
+
+    kind: Literal["vectors", "passage", "question", "template", "reply"]
+    level: int | None = None
+    """Of a vector: 0 for a window of a chunk's tokens, 1 for a chunk, from 2 on for a node."""
+    element: int | None = None
+    """Of a vector: the number of the node or chunk."""
+    place: int | None = None
+    """Of a window: which of its chunk."""
+    number: int | None = None
+    """Of a passage, from 1."""
+
+
+def _group(source: Source) -> str:
+    if source.kind == "vectors":
+        return f"L{source.level}"
+    if source.kind == "passage":
+        return f"[{source.number}]"
+    return "question" if source.kind == "question" else "rest"
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where a language model looked while it wrote a reply: shares of each token, which sum to 1.
+
+    Attention says where a model looked, not why it said what it said (Jain and Wallace 2019).
+    """
+
+    reply: str
+    """What the model wrote, also where quotes were given in its place."""
+    tokens: tuple[str, ...]
+    """Of the reply."""
+    sources: tuple[Source, ...]
+    attention: tuple[tuple[float, ...], ...]
+    """[tokens, sources] Attention of the state that predicts a token, mean over heads and layers."""
+    gradients: tuple[tuple[float, ...], ...] | None = None
+    """[tokens, sources] Gradient times input: how far a token's logarithm of probability hangs on each source."""
+
+    def grouped(self, *, gradients: bool = False) -> dict[str, tuple[float, ...]]:
+        """Shares of each token by groups of sources.
+
+        They are `L3` and so on for the vectors of a level, `L0` for windows of chunks; `[1]` and so on for passages;
+        `question`; `rest` for the template and the reply so far.
+        """
+        columns: dict[str, list[int]] = {}
+        for column, source in enumerate(self.sources):
+            columns.setdefault(_group(source), []).append(column)
+        last = ("question", "rest")
+        columns = {name: columns[name] for name in (*(n for n in columns if n not in last), *last) if name in columns}
+        rows = (self.gradients or ()) if gradients else self.attention
+        return {name: tuple(sum(row[i] for i in own) for row in rows) for name, own in columns.items()}
+
+
+@dataclass(frozen=True)
 class Answer:
     """A reply, what it cites and what it was made from."""
 
@@ -168,10 +223,12 @@ class Answer:
     """Whether the memory held anything relevant enough to answer from."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds, by step."""
+    attribution: Attribution | None = None
+    """Where the model looked, where that was asked for and a model was asked."""
 
     def to_json(self) -> dict[str, Any]:
-        """The documented JSON of `treemem ask --json`."""
-        return {
+        """The documented JSON of `treemem ask --json`; with an attribution that of `treemem attribute --json`."""
+        found = {
             "text": self.text,
             "grounded": self.grounded,
             "extractive": self.extractive,
@@ -180,6 +237,7 @@ class Answer:
             "context": asdict(self.context),
             "timings": dict(self.timings),
         }
+        return found if self.attribution is None else {**found, "attribution": asdict(self.attribution)}
 
 
 Progress = Callable[[str, float, float | None], None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treemem.storage.files import is_work, remove_stale_work, save_npy, work_folder, write_npy
+from treemem.storage.files import is_work, map_npy, remove_stale_work, save_npy, work_folder, write_npy
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "uint64", "int32"])
@@ -33,6 +33,22 @@ def test_a_view_in_another_order_is_written_in_order(tmp_path: Path) -> None:
     array = np.arange(12).reshape(3, 4).T
     save_npy(tmp_path / "a.npy", array)
     assert np.array_equal(np.load(tmp_path / "a.npy"), array)
+
+
+def test_a_header_with_one_wrong_bit_is_an_array_or_a_value_error(tmp_path: Path) -> None:
+    """Python's parser, which reads the header, raises errors of many kinds."""
+    path = tmp_path / "a.npy"
+    save_npy(path, np.zeros(3, np.int32))
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(128):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                map_npy(path)
+            except (ValueError, EOFError):
+                refused += 1
+    assert refused > 500
 
 
 def test_too_few_rows_are_a_bug(tmp_path: Path) -> None:

@@ -175,6 +175,18 @@ def test_every_damaged_file_is_mended(memory_path: Path, encoder: FakeEncoder, h
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize(("name", "what"), [("records", "record"), ("text", "document"), ("text", "chunk_text")])
+def test_damage_inside_is_told_when_it_is_read(memory_path: Path, name: str, what: str) -> None:
+    """Values are not looked at when an image is opened; what is no text or no JSON is no answer either."""
+    folder = next(path for path in (memory_path / "cache").iterdir() if path.is_dir())
+    path = folder / f"{name}.npy"
+    data = bytearray(path.read_bytes())
+    data[130:134] = b"\xff\x01\xfe\x00"
+    path.write_bytes(data)
+    with pytest.raises(DamagedMemory, match="the serving image is damaged"):
+        getattr(Image(folder), what)(0)
+
+
 def test_a_panic_over_the_words_is_damage(
     memory_path: Path, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
