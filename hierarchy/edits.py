@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float16
 
 from treemem.config import TreeConfig
-from treemem.errors import InputError
+from treemem.errors import DamagedMemory, InputError
 from treemem.hierarchy.build import ENCODE_CHUNKS, checked, contextual_file, distinct, stored_hierarchy, write_image
 from treemem.hierarchy.edit import Editor
 from treemem.hierarchy.embed import Encoder
@@ -179,7 +179,8 @@ def apply(
         committed = time.perf_counter()
         followed = False
         if tree.regrown is None:
-            with suppress(Outgrown), guard(store.path):  # tantivy tells a full disk by a ValueError
+            # Where the older image turns out to be damaged the new one is made from the store.
+            with suppress(Outgrown, DamagedMemory), guard(store.path):  # tantivy tells a full disk by a ValueError
                 follow(folder, image, change, snapshot)
                 replace_folder(folder, cache / snapshot)
                 followed = True

@@ -228,6 +228,22 @@ def test_verify_sees_a_flipped_bit_of_the_image(memory: Memory, name: str) -> No
     assert any("serving image" in fault for fault in memory.verify().faults)
 
 
+def test_words_that_are_damaged_are_made_anew_by_the_next_edit(memory: Memory) -> None:
+    """A length that a flipped bit has made huge is no wrong number until its document leaves."""
+    rows = memory.image.rows["words-lengths"]
+    path = memory.image.folder / "words-lengths.npy"
+    data = bytearray(path.read_bytes())
+    lengths = np.frombuffer(data, np.int32, offset=len(data) - 4 * rows)
+    lengths.setflags(write=True)
+    lengths[0] ^= 1 << 30
+    path.write_bytes(data)
+    again = Memory.open(memory.store.path, encoder=FakeEncoder())
+    first = again.document(again.ids()[0]).id
+    again.remove([first])
+    assert again.image.fresh, "the image was not made from the store"
+    assert again.verify().sound
+
+
 def test_a_disk_that_fills_when_the_words_follow(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise ValueError("Failed to open file for write: IoError { kind: StorageFull, No space left on device }")
