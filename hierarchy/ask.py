@@ -204,7 +204,9 @@ def _read(
     given = None
     if how != "text":
         shape = (own.nodes, own.chunks, own.more)
-        given = gather_vectors(memory.image, memory.encoder, result.gathered, result.hits, shape)
+        given = gather_vectors(
+            memory.image, memory.encoder, result.gathered, result.hits, shape, memory.stored_reader_vectors
+        )
     texts = [PassageText(passage.document.title, passage.text) for passage in found[: own.chunks]]
     most = reading.model.context_tokens - config.max_tokens
     prompt = reader_prompt(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from jaxtyping import Float16
 
 from treemem.config import TreeConfig
 from treemem.errors import DamagedMemory, EncoderMismatch, InputError, ModelError, StoreError
@@ -22,6 +24,7 @@ from treemem.storage.files import is_work, work_folder
 from treemem.storage.image import build_image, image_folder
 from treemem.storage.levels import Gate, Spread, contextual, document_runs, node_vectors
 from treemem.storage.remote import is_local_part, named, url_of
+from treemem.storage.schema import READER_VECTORS
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document, Progress, no_progress
 
@@ -45,6 +48,7 @@ def build(
     *,
     distinct_ids: bool = False,
     hierarchy: Hierarchy | None = None,
+    reader_vectors: bool = False,
 ) -> None:
     """Build a memory, or continue a build that was interrupted.
 
@@ -56,6 +60,7 @@ def build(
         progress: told about chunks encoded (of those cut so far), levels grown and the image written.
         distinct_ids: whether the documents' ids are known to differ.
         hierarchy: a trained one that the tree is grown with; None for an untrained tree.
+        reader_vectors: whether to keep what a language model reads of each chunk, see `Encoder.reader_vectors`.
 
     Raises:
         StoreError: a whole memory is there already, or another process is building it.
@@ -71,7 +76,7 @@ def build(
         hierarchy.require_encoder(encoder.info)
     require_free(path)
     with alone(path):
-        store = _open_or_create(path, encoder, config, hierarchy)
+        store = _open_or_create(path, encoder, config, hierarchy, reader_vectors)
         given = checked(documents)
         remaining = _skip_stored(store, given if distinct_ids else distinct(given), progress)
         if store.finished:
@@ -122,10 +127,12 @@ def alone(path: Path, wait: float = 0) -> Iterator[None]:
         lock.release()
 
 
-def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig, hierarchy: Hierarchy | None) -> Store:
+def _open_or_create(
+    path: Path, encoder: Encoder, config: TreeConfig, hierarchy: Hierarchy | None, reader_vectors: bool
+) -> Store:
     given = None if hierarchy is None else (hierarchy.config_bytes(), hierarchy.weights_bytes())
     if not Store.exists(path):
-        return Store.create(path, config, asdict(encoder.info), given)
+        return Store.create(path, config, asdict(encoder.info), given, reader=reader_vectors)
     store = Store.open(path)
     info = store.info()
     if info.state == "complete" and not store.finished:  # killed when all was written, but not yet visible
@@ -138,6 +145,11 @@ def _open_or_create(path: Path, encoder: Encoder, config: TreeConfig, hierarchy:
     if store.hierarchy() != given:
         raise InputError(
             f"{named(path)}: its interrupted build has another hierarchy; give that one, or use another path"
+        )
+    if store.keeps_reader_vectors != reader_vectors:
+        which = "with" if store.keeps_reader_vectors else "without"
+        raise InputError(
+            f"{named(path)}: its interrupted build is {which} reader vectors; go on so, or use another path"
         )
     store.remove_leftovers()
     return store
@@ -211,14 +223,31 @@ def _encode(
     done = store.info().chunks
     progress("encoding", done, None)
     for batch in _batches(documents, encoder, config):
-        encodings = np.empty((sum(len(new.spans) for new in batch), encoder.dimension), np.float32)
         texts = [new.document.text[a:b] for new in batch for a, b in new.spans]
-        for start in range(0, len(texts), ENCODE_CHUNKS):
-            part = texts[start : start + ENCODE_CHUNKS]
-            encodings[start : start + len(part)] = encoder.encode(part)
-            progress("encoding", done + start + len(part), done + len(texts))
+        told = partial(_after, progress, done)
+        store.append(batch, *encode_chunks(texts, encoder, told, reader_vectors=store.keeps_reader_vectors))
         done += len(texts)
-        store.append(batch, encodings)
+
+
+def _after(progress: Progress, before: int, stage: str, done: float, total: float | None) -> None:
+    progress(stage, before + done, before + (total or 0))
+
+
+def encode_chunks(
+    texts: Sequence[str], encoder: Encoder, progress: Progress = no_progress, *, reader_vectors: bool = False
+) -> tuple[Float16[np.ndarray, "n d"], Float16[np.ndarray, "n windows d"] | None]:
+    """What encoder 1 gives for chunks, as it is stored, and their reader vectors where these are asked for."""
+    encodings = np.empty((len(texts), encoder.dimension), np.float16)
+    windows = np.empty((len(texts), READER_VECTORS, encoder.dimension), np.float16) if reader_vectors else None
+    for start in range(0, len(texts), ENCODE_CHUNKS):
+        part = texts[start : start + ENCODE_CHUNKS]
+        rows = slice(start, start + len(part))
+        if windows is None:
+            encodings[rows] = encoder.encode(part)
+        else:
+            encodings[rows], windows[rows] = encoder.encode_chunks(part)
+        progress("encoding", start + len(part), len(texts))
+    return encodings, windows
 
 
 def _batches(documents: Iterator[Document], encoder: Encoder, config: TreeConfig) -> Iterator[list[NewDocument]]:

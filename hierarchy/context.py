@@ -191,7 +191,12 @@ class GatheredVectors:
 
 
 def gather_vectors(
-    image: Image, encoder: Encoder, gathered: Sequence[GatheredLevel], hits: Sequence[Hit], shape: tuple[int, int, int]
+    image: Image,
+    encoder: Encoder,
+    gathered: Sequence[GatheredLevel],
+    hits: Sequence[Hit],
+    shape: tuple[int, int, int],
+    stored: Callable[[Sequence[int]], Sequence[np.ndarray] | None] | None = None,
 ) -> GatheredVectors:
     """The embeddings that a language model is given of what a walk gathered.
 
@@ -205,6 +210,7 @@ def gather_vectors(
         hits: its best chunks, best first.
         shape: how many nodes of each upper level are given; how many of the best chunks, window by window; how many
             chunks after them, as their one vector.
+        stored: gives the vectors of chunks' windows where they are kept, so that no text is encoded.
     """
     nodes, chunks, more = shape
     parts: list[tuple[np.ndarray, int, int, int, int, float]] = []
@@ -216,7 +222,9 @@ def gather_vectors(
     blocks = image.tree.levels[-1]
     for rank, hit in enumerate(hits[chunks : chunks + more], chunks):
         parts.append((blocks.rows[hit.chunk] * np.float32(blocks.scales[hit.chunk]), 1, hit.chunk, 0, rank, hit.score))
-    windows = encoder.reader_vectors([hit.text for hit in hits[:chunks]])
+    windows = None if stored is None else stored([hit.chunk for hit in hits[:chunks]])
+    if windows is None:
+        windows = encoder.reader_vectors([hit.text for hit in hits[:chunks]])
     for rank, (hit, vectors) in enumerate(zip(hits[:chunks], windows, strict=True)):
         parts += [(vector, 0, hit.chunk, place, rank, hit.score) for place, vector in enumerate(vectors)]
     return joined(parts, encoder.dimension)

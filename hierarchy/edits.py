@@ -14,7 +14,7 @@ from jaxtyping import Float16
 
 from treemem.config import TreeConfig
 from treemem.errors import DamagedMemory, InputError
-from treemem.hierarchy.build import ENCODE_CHUNKS, checked, contextual_file, distinct, stored_hierarchy, write_image
+from treemem.hierarchy.build import checked, contextual_file, distinct, encode_chunks, stored_hierarchy, write_image
 from treemem.hierarchy.edit import Editor
 from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.grow import grow
@@ -101,19 +101,19 @@ def sort_out(store: Store, image: Image, documents: Iterable[Document]) -> Plan:
 
 
 def encode(
-    documents: Sequence[Document], encoder: Encoder, config: TreeConfig, progress: Progress = no_progress
-) -> tuple[list[NewDocument], Float16[np.ndarray, "n d"]]:
-    """Cut documents and encode their chunks."""
+    documents: Sequence[Document],
+    encoder: Encoder,
+    config: TreeConfig,
+    progress: Progress = no_progress,
+    *,
+    reader_vectors: bool = False,
+) -> tuple[list[NewDocument], Float16[np.ndarray, "n d"], Float16[np.ndarray, "n windows d"] | None]:
+    """Cut documents and encode their chunks: their encodings, and their reader vectors where these are kept."""
     new = [
         NewDocument(own, cut(own.text, encoder.token_spans, config.chunk_tokens, config.language)) for own in documents
     ]
     texts = [one.document.text[a:b] for one in new for a, b in one.spans]
-    encodings = np.empty((len(texts), encoder.dimension), np.float16)
-    for start in range(0, len(texts), ENCODE_CHUNKS):
-        part = texts[start : start + ENCODE_CHUNKS]
-        encodings[start : start + len(part)] = encoder.encode(part)
-        progress("encoding", start + len(part), len(texts))
-    return new, encodings
+    return new, *encode_chunks(texts, encoder, progress, reader_vectors=reader_vectors)
 
 
 def apply(
@@ -124,6 +124,7 @@ def apply(
     *,
     added: Sequence[NewDocument] = (),
     encodings: Float16[np.ndarray, "n d"] | None = None,
+    reader: Float16[np.ndarray, "n windows d"] | None = None,
     removed: Sequence[int] = (),
     hidden: Sequence[int] = (),
     status: np.ndarray | None = None,
@@ -140,6 +141,7 @@ def apply(
         hierarchy: what the tree has learned.
         added: documents with their chunks.
         encodings: what encoder 1 gave for these.
+        reader: their reader vectors, where the memory keeps them.
         removed: numbers of documents that go.
         hidden: which of `added` are masked, counted from 0.
         status: of the documents that are there, where some are to be hidden or shown.
@@ -174,7 +176,7 @@ def apply(
             editor.add(vectors)
             tree = editor.finish()
             del below, editor
-        change = Change(tuple(added), encodings, vectors, tuple(sorted(removed)), tree, status)
+        change = Change(tuple(added), encodings, vectors, tuple(sorted(removed)), tree, status, reader)
         snapshot = write_change(store, change, message, metadata)
         committed = time.perf_counter()
         followed = False

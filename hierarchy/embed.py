@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float16, Float32
 
 from treemem.errors import ModelError, UnknownModel
+from treemem.storage.schema import READER_VECTORS
 from treemem.types import Span
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ DEFAULT_ENCODER = "minilm"
 BATCH_TOKENS = 32 * 128
 """Padded tokens in one forward pass."""
 READER_WINDOW = 16
-"""Tokens behind one reader vector."""
-READER_VECTORS = 8
-"""Most reader vectors of a text: what lies behind their windows is left out."""
+"""Tokens behind one reader vector; what lies behind the windows of `READER_VECTORS` is left out."""
 _PROBE = "The quick brown Fox, naïve café: 3.14 €; 日本 don't"
 """How an encoder cuts it tells its tokenizer from others."""
 
@@ -121,6 +120,26 @@ def _states(given: torch.Tensor, tokens: list[_Tokens]) -> Iterator[TokenStates]
     for own, matrix in zip(tokens, _unit(given.float()), strict=True):
         keep = [i for i, span in enumerate(own.spans) if span is not None]
         yield TokenStates(matrix[keep], [span for span in own.spans if span is not None])
+
+
+def _windows(given: torch.Tensor, tokens: list[_Tokens]) -> list[Float32[np.ndarray, "windows d"]]:
+    """Of each text of a batch the means of its own tokens' unit states, window by window."""
+    import torch
+
+    most = READER_WINDOW * READER_VECTORS
+    # Each token's window, windows of all texts counted through; -1 for what is in none.
+    windows = torch.full(given.shape[:2], -1)
+    counts: list[int] = []
+    for i, own in enumerate(tokens):
+        places = own.own[:most]
+        windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
+        counts.append(-(-len(places) // READER_WINDOW))
+    inside = (windows >= 0).to(given.device)
+    windows = windows.to(given.device)[inside]
+    states = torch.nn.functional.normalize(given[inside].float(), dim=1)
+    sums = states.new_zeros((sum(counts), given.shape[2])).index_add_(0, windows, states)
+    means = (sums / torch.bincount(windows, minlength=len(sums))[:, None]).cpu().numpy()
+    return list(np.split(means, np.cumsum(counts)[:-1]))
 
 
 def _own_modules(folder: str) -> bool:
@@ -333,6 +352,27 @@ class Encoder:
             self._check_finite([text], states.states.reshape(1, -1), "token states")
         return found
 
+    def encode_chunks(
+        self, texts: Sequence[str]
+    ) -> tuple[Float32[np.ndarray, "texts d"], Float16[np.ndarray, "texts windows d"]]:
+        """What `encode` and `reader_vectors` give, at the cost of one of them.
+
+        Returns:
+            Unit vectors; and reader vectors, `READER_VECTORS` for each text, zeros where it has fewer.
+
+        Raises ModelError where the model gives NaN or infinity.
+        """
+        vectors = np.empty((len(texts), self.dimension), np.float32)
+        windows = np.zeros((len(texts), READER_VECTORS, self.dimension), np.float16)
+        for rows, features, tokens in self._batches(texts, self._document_prompt):
+            given = self._forward(features, precise=False)
+            vectors[rows] = _unit(given["sentence_embedding"].float())
+            for row, own in zip(rows, _windows(given["token_embeddings"], tokens), strict=True):
+                windows[row, : len(own)] = own
+        self._check_finite(texts, vectors, "values")
+        self._check_finite(texts, windows.reshape(len(texts), READER_VECTORS * self.dimension), "reader vectors")
+        return vectors, windows
+
     def reader_vectors(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "windows d"]]:
         """What a language model reads in place of each text: a vector for every `READER_WINDOW` of its tokens.
 
@@ -341,26 +381,11 @@ class Encoder:
 
         Raises ModelError where the model gives NaN or infinity.
         """
-        import torch
-
         out = [np.empty((0, self.dimension), np.float32)] * len(texts)
-        most = READER_WINDOW * READER_VECTORS
         for rows, features, tokens in self._batches(texts, self._document_prompt):
             given = self._forward(features, precise=False)["token_embeddings"]
-            # Each token's window, windows of all texts counted through; -1 for what is in none.
-            windows = torch.full(given.shape[:2], -1)
-            counts: list[int] = []
-            for i, own in enumerate(tokens):
-                places = own.own[:most]
-                windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
-                counts.append(-(-len(places) // READER_WINDOW))
-            inside = (windows >= 0).to(given.device)
-            windows = windows.to(given.device)[inside]
-            states = torch.nn.functional.normalize(given[inside].float(), dim=1)
-            sums = states.new_zeros((sum(counts), self.dimension)).index_add_(0, windows, states)
-            means = (sums / torch.bincount(windows, minlength=len(sums))[:, None]).cpu().numpy()
-            for row, own_vectors in zip(rows, np.split(means, np.cumsum(counts)[:-1]), strict=True):
-                out[row] = own_vectors
+            for row, own in zip(rows, _windows(given, tokens), strict=True):
+                out[row] = own
         for text, vectors in zip(texts, out, strict=True):
             self._check_finite([text], vectors.reshape(1, -1), "reader vectors")
         return out

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from jaxtyping import Float16
 
 from treemem.config import SearchConfig, TreeConfig
 from treemem.errors import Conflict, DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
@@ -35,7 +36,7 @@ from treemem.storage.files import is_work
 from treemem.storage.history import Difference, Snapshot
 from treemem.storage.image import Image, image_folder
 from treemem.storage.remote import local_side
-from treemem.storage.schema import MASKED, PRESENT, REMOVED
+from treemem.storage.schema import MASKED, PRESENT, READER, REMOVED
 from treemem.storage.store import MAIN, Store, StoreInfo, guard
 from treemem.types import Answer, Document, Progress, SearchResult, no_progress
 
@@ -74,6 +75,8 @@ class MemoryInfo:
     """Of the tree's hierarchy: when and on what it was trained; None where it is untrained."""
     branch: str | None
     """What edits go to; None where a snapshot of the past is open."""
+    reader_vectors: bool
+    """Whether what a language model reads of each chunk is kept in the store."""
     edited: float
     """Which part of the chunks came or went since the tree was grown."""
     store_bytes: int
@@ -148,6 +151,7 @@ class Memory:
         config: TreeConfig | None = None,
         report: ReadReport | None = None,
         strict: bool = False,
+        store_reader_vectors: bool = False,
         progress: Progress = no_progress,
     ) -> Memory:
         """Build a memory; an interrupted build of the same sources continues after its last commit.
@@ -161,6 +165,8 @@ class Memory:
             config: how the tree is built.
             report: filled with what could not be read.
             strict: stop before the tree is grown if anything could not be read.
+            store_reader_vectors: keep what a language model reads of each chunk (`ask(reader="vectors")`) in the store,
+                so that it need not be computed at every question; it is larger than the text.
             progress: told how far it has come.
 
         Raises:
@@ -192,6 +198,7 @@ class Memory:
             _extrapolated(progress, fraction),
             distinct_ids=from_files,
             hierarchy=weights,
+            reader_vectors=store_reader_vectors,
         )
         return cls.open(path, encoder=loaded)
 
@@ -390,6 +397,13 @@ class Memory:
         within = here._restricted(within, where)
         return ask(here, question, llm, search, config, within, on_text, reading, attribute)
 
+    def stored_reader_vectors(self, chunks: Sequence[int]) -> list[Float16[np.ndarray, "windows d"]] | None:
+        """What a language model reads of each of some chunks, None where the memory does not keep it."""
+        if not self.store.keeps_reader_vectors:
+            return None
+        rows = self.store.rows(READER, np.array(chunks, np.int64)) if len(chunks) else ()
+        return [own[own.any(1)] for own in rows]
+
     def document(self, document_id: str) -> Document:
         """A whole document.
 
@@ -448,7 +462,9 @@ class Memory:
             replaced = numbers_of(self.image, [own.id for own in plan.changed])
             fresh = [*plan.new, *plan.changed]
             begin = time.perf_counter()
-            new, encodings = encode(fresh, self.encoder, self.config, progress) if fresh else ([], None)
+            kept = self.store.keeps_reader_vectors
+            encoded = encode(fresh, self.encoder, self.config, progress, reader_vectors=kept) if fresh else None
+            new, encodings, reader = encoded or ([], None, None)
             done = EditReport(
                 self.store.snapshot,
                 added=tuple(own.id for own in plan.new),
@@ -461,8 +477,9 @@ class Memory:
             # A document that was masked stays so when its content is replaced.
             hidden = [n for n, own in enumerate(plan.changed, len(plan.new)) if self._is_masked(own.id)]
             return self._edited(
-                done, message, added=new, encodings=encodings, removed=replaced, hidden=hidden, progress=progress
-            )
+                done, message, added=new, encodings=encodings, reader=reader, removed=replaced, hidden=hidden,
+                progress=progress,
+            )  # fmt: skip
 
     @_retried
     def remove(
@@ -768,6 +785,7 @@ class Memory:
             config=info.config,
             trained=None if self.hierarchy is None else str(self.hierarchy.card.get("summary", "yes")),
             branch=self.store.branch,
+            reader_vectors=self.store.keeps_reader_vectors,
             edited=self._edited_share(),
             store_bytes=self.store.stored_bytes(),
             image_bytes=_bytes(self.image.folder),

@@ -14,7 +14,7 @@ from treemem.hierarchy.weights import Hierarchy
 from treemem.kernels import quantise
 from treemem.storage.image import Image
 from treemem.storage.levels import Level, as_float32, contextual, document_runs, node_vectors
-from treemem.storage.schema import MASKED, PRESENT, REMOVED
+from treemem.storage.schema import MASKED, PRESENT, READER, REMOVED
 from treemem.storage.store import Store, content_hash
 from treemem.types import Progress, no_progress
 
@@ -105,9 +105,10 @@ def _documents(found: Verification, store: Store, progress: Progress) -> None:
         if len(own) != len(status) or (len(own) and (own[-1] != total or (np.diff(own, prepend=0) < 0).any())):
             found._fault(f"documents/{name} do not rise to {total}, the length of {of}")
             return
-    if store.array("chunks/encodings").shape[0] != store.array("chunks/spans").shape[0]:
-        found._fault("there are not as many encodings as chunks")
-        return
+    for name in _vector_arrays(store):
+        if store.array(name).shape[0] != store.array("chunks/spans").shape[0]:
+            found._fault(f"there are not as many rows of {name} as chunks")
+            return
     if not np.isin(status, (PRESENT, MASKED, REMOVED)).all():
         found._fault("documents/status has unknown values")
     ids: set[str] = set()
@@ -122,7 +123,7 @@ def _documents(found: Verification, store: Store, progress: Progress) -> None:
             own_spans = _part(spans, ends["chunk_ends"], number, chunk_first)
             if status[number] == REMOVED:
                 rest = (own_text, own_record, own_spans, hashes[number])
-                if any(part.any() for part in rest) or _any_encoding(store, ends["chunk_ends"], number):
+                if any(part.any() for part in rest) or _any_vector(store, ends["chunk_ends"], number):
                     found._fault(f"document number {number} was removed, and something of it is left")
                 found._count("removed documents", 1)
                 continue
@@ -144,8 +145,13 @@ def _part(run: np.ndarray, ends: np.ndarray, number: int, begin: int) -> np.ndar
     return run[(int(ends[number - 1]) if number else 0) - begin : int(ends[number]) - begin]
 
 
-def _any_encoding(store: Store, ends: np.ndarray, number: int) -> bool:
-    return bool(store.read("chunks/encodings", int(ends[number - 1]) if number else 0, int(ends[number])).any())
+def _vector_arrays(store: Store) -> tuple[str, ...]:
+    return ("chunks/encodings", READER) if store.keeps_reader_vectors else ("chunks/encodings",)
+
+
+def _any_vector(store: Store, ends: np.ndarray, number: int) -> bool:
+    begin, end = int(ends[number - 1]) if number else 0, int(ends[number])
+    return any(store.read(name, begin, end).any() for name in _vector_arrays(store))
 
 
 def _check_document(

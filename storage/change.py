@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float16, Int32
 
 from treemem.storage.levels import Level, document_runs
-from treemem.storage.schema import ENDS, REMOVED, chunk_arrays, document_arrays
+from treemem.storage.schema import ENDS, READER, REMOVED, chunk_arrays, document_arrays
 from treemem.storage.store import NewDocument, Store, write_documents, write_levels
 from treemem.storage.writer import Writer, together
 from treemem.types import Progress, no_progress
@@ -52,6 +52,8 @@ class Change:
     tree: TreeChange
     status: np.ndarray
     """Of all documents afterwards, uint8."""
+    reader: Float16[np.ndarray, "n windows d"] | None = None
+    """The reader vectors of the new chunks, where the memory keeps them."""
 
 
 def write_change(store: Store, change: Change, message: str, metadata: dict[str, object]) -> str:
@@ -60,7 +62,7 @@ def write_change(store: Store, change: Change, message: str, metadata: dict[str,
         if change.removed:
             _erase(writer, np.array(change.removed))
         if change.added:
-            write_documents(writer, change.added, change.encodings)
+            write_documents(writer, change.added, change.encodings, change.reader)
         before = writer.array("documents/status")[:]
         places = np.flatnonzero(before != change.status)
         if len(places):
@@ -83,16 +85,16 @@ def close_gaps(store: Store, writer: Writer, progress: Progress = no_progress) -
     kept = status != REMOVED
     if kept.all():
         return
-    dimension = store.info().dimension
+    dimension, reader = store.info().dimension, READER in writer.digests
     ends = {of: store.read(f"documents/{name}") for name, of in ENDS.items()}
-    for path, spec in {**document_arrays(), **chunk_arrays(dimension)}.items():
+    for path, spec in {**document_arrays(), **chunk_arrays(dimension, reader=reader)}.items():
         writer.create(path, spec)
     for name, of in ENDS.items():
         writer.append(f"documents/{name}", np.cumsum(np.diff(ends[of], prepend=0)[kept]))
     writer.append("documents/status", status[kept])
     writer.append("documents/hashes", store.read("documents/hashes")[kept])
     for of, lasts in ends.items():
-        paths = ("chunks/spans", "chunks/encodings") if of == "chunks/spans" else (of,)
+        paths = tuple(chunk_arrays(dimension, reader=reader)) if of == "chunks/spans" else (of,)
         for first, last in document_runs(lasts, 1 << 14 if of == "chunks/spans" else 1 << 24):
             progress(f"closing gaps in {of}", first, len(status))
             begin = int(lasts[first - 1]) if first else 0
@@ -106,7 +108,7 @@ def _erase(writer: Writer, documents: np.ndarray) -> None:
     for ends, arrays in {
         "documents/text_ends": ("documents/text",),
         "documents/record_ends": ("documents/records",),
-        "documents/chunk_ends": ("chunks/spans", "chunks/encodings"),
+        "documents/chunk_ends": ("chunks/spans", "chunks/encodings", *([READER] if READER in writer.digests else [])),
     }.items():
         lasts = np.asarray(writer.array(ends)[:])
         begins = np.where(documents > 0, lasts[documents - 1], 0)

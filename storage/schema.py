@@ -10,6 +10,8 @@
     /documents/chunk_ends     int64    how many chunks there are up to and with each document
     /chunks/spans             int64    (chunks, 4) first and last character, first and last byte in the document's text
     /chunks/encodings         float16  (chunks, d) what encoder 1 gave for each chunk
+    /chunks/reader            float16  (chunks, 8, d) only where it is kept: what a language model reads of each chunk,
+                                       a vector for 16 tokens, then zeros
     /levels/K/children        int32    (nodes, fanout) elements of level K-1, rising, then -1; K = 2, 3, … up to the top
     /levels/K/vectors         float16  (nodes, d)
     /spread/mean              float64  (d) how the chunks' vectors spread: see `treemem.storage.levels.Spread`
@@ -31,6 +33,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 HIERARCHY_PARTS = ("config", "weights")
 SPREAD_PARTS = ("mean", "values", "directions")
+READER = "chunks/reader"
+"""The one array that a memory may lack."""
+READER_VECTORS = 8
+"""Most reader vectors of a chunk."""
 
 ENDS = {"text_ends": "documents/text", "record_ends": "documents/records", "chunk_ends": "chunks/spans"}
 """Arrays of `documents` that say where each document ends in another array."""
@@ -60,12 +66,16 @@ def document_arrays() -> dict[str, ArraySpec]:
     }
 
 
-def chunk_arrays(dimension: int) -> dict[str, ArraySpec]:
-    """Arrays that hold chunks, by path."""
-    return {
+def chunk_arrays(dimension: int, *, reader: bool = False) -> dict[str, ArraySpec]:
+    """Arrays that hold chunks, by path; with `reader` also what a language model reads of them."""
+    arrays = {
         "chunks/spans": ArraySpec("int64", (4,), 1 << 12),
         "chunks/encodings": ArraySpec("float16", (dimension,), _rows(1 << 18, dimension)),
     }
+    if reader:
+        row = (READER_VECTORS, dimension)
+        arrays[READER] = ArraySpec("float16", row, _rows(1 << 18, READER_VECTORS * dimension))
+    return arrays
 
 
 def level_arrays(level: int, dimension: int, fanout: int) -> dict[str, ArraySpec]:

@@ -20,7 +20,7 @@ import icechunk
 import numpy as np
 import zarr
 import zarr.errors
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 
 from treemem.config import FORMAT_VERSION, TreeConfig
 from treemem.errors import (
@@ -41,6 +41,7 @@ from treemem.storage.schema import (
     ENDS,
     HIERARCHY_PARTS,
     MASKED,
+    READER,
     REMOVED,
     SPREAD_PARTS,
     ArraySpec,
@@ -231,7 +232,13 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: Path, config: TreeConfig, encoder: dict[str, Any], hierarchy: tuple[bytes, bytes] | None = None
+        cls,
+        path: Path,
+        config: TreeConfig,
+        encoder: dict[str, Any],
+        hierarchy: tuple[bytes, bytes] | None = None,
+        *,
+        reader: bool = False,
     ) -> Store:
         """Make an empty memory and begin its build.
 
@@ -240,14 +247,15 @@ class Store:
             config: how the tree is built.
             encoder: name, dimension and weights' hash of encoder 1.
             hierarchy: configuration and weights of a trained hierarchy that the tree will be grown with.
+            reader: whether reader vectors will be kept.
         """
         with guard(path):
             path.mkdir(parents=True, exist_ok=True)
             if url_of(path) is not None:
-                cls._begin(cls._storage(path), config, encoder, hierarchy)
+                cls._begin(cls._storage(path), config, encoder, hierarchy, reader)
             else:  # made aside and moved into place, so that a killed process leaves no half of a repository
                 with work_folder(path, "creating-") as work:
-                    cls._begin(cls._storage(work), config, encoder, hierarchy)
+                    cls._begin(cls._storage(work), config, encoder, hierarchy, reader)
                     os.replace(work / "store", path / "store")
         return cls.open(path)
 
@@ -257,6 +265,7 @@ class Store:
         config: TreeConfig,
         encoder: dict[str, Any],
         hierarchy: tuple[bytes, bytes] | None,
+        reader: bool,
     ) -> None:
         """Make an empty repository on which a build can go on."""
         repository = icechunk.Repository.create(storage)
@@ -265,7 +274,7 @@ class Store:
         root = zarr.create_group(session.store)
         root.attrs.update({"format": FORMAT_VERSION, "state": "reading", "config": asdict(config), "encoder": encoder})
         writer = Writer(root, {})
-        for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]))}.items():
+        for name, spec in {**document_arrays(), **chunk_arrays(int(encoder["dimension"]), reader=reader)}.items():
             writer.create(name, spec)
         if hierarchy is not None:
             _write_hierarchy(writer, hierarchy)
@@ -485,10 +494,21 @@ class Store:
         with guard(self.path):
             self.repository.garbage_collect(datetime.now(UTC))
 
-    def append(self, documents: Sequence[NewDocument], encodings: Float[np.ndarray, "chunks d"]) -> None:
+    def append(
+        self,
+        documents: Sequence[NewDocument],
+        encodings: Float[np.ndarray, "chunks d"],
+        reader: Float16[np.ndarray, "chunks windows d"] | None = None,
+    ) -> None:
         """Commit documents with their chunks and what the encoder gave for them, in order."""
         with self.transaction(f"read {len(documents):,} documents") as writer:
-            write_documents(writer, documents, encodings)
+            write_documents(writer, documents, encodings, reader)
+
+    @property
+    def keeps_reader_vectors(self) -> bool:
+        """Whether reader vectors are stored beside the encodings."""
+        with guard(self.path, _METADATA_DAMAGE):
+            return READER in self._root()
 
     def finish(self, levels: Sequence[Level], spread: Spread, message: str, progress: Progress = no_progress) -> str:
         """Write the nodes and make the memory visible: one commit. Returns the snapshot.
@@ -522,7 +542,8 @@ class Store:
             spread: how the chunks' vectors spread under it.
             hierarchy: configuration and weights.
             message: of the commit.
-            encodings: what encoder 1 gives for the chunks, where it has been tuned.
+            encodings: what encoder 1 gives for the chunks, where it has been tuned; reader vectors, which the tuned
+                one would give otherwise, are no longer stored then.
 
         Returns:
             The new snapshot.
@@ -531,6 +552,7 @@ class Store:
             replaced = {f"levels/{number}/vectors": rows for number, rows in enumerate(vectors, 2)}
             if encodings is not None:
                 replaced["chunks/encodings"] = encodings
+                writer.remove(READER)
             for name, rows in replaced.items():
                 if writer.array(name).shape != rows.shape:
                     raise AssertionError(f"{name}: vectors of shape {rows.shape} for {writer.array(name).shape}")
@@ -552,8 +574,22 @@ class Store:
         return snapshot
 
 
-def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings: Float[np.ndarray, "chunks d"]) -> None:
-    """Add documents with their chunks and what the encoder gave for them, in order, behind those that are there."""
+def write_documents(
+    writer: Writer,
+    documents: Sequence[NewDocument],
+    encodings: Float[np.ndarray, "chunks d"],
+    reader: Float16[np.ndarray, "chunks windows d"] | None = None,
+) -> None:
+    """Add documents with their chunks and what the encoder gave for them, in order, behind those that are there.
+
+    Args:
+        writer: where to.
+        documents: with their chunks.
+        encodings: of the chunks.
+        reader: their reader vectors, where the memory keeps them.
+    """
+    if (READER in writer.digests) != (reader is not None):
+        raise AssertionError(f"reader vectors given: {reader is not None}, kept: {READER in writer.digests}")
     rows = document_rows(documents, {name: writer.array(of).shape[0] for name, of in ENDS.items()})
     hashes = b"".join(document_hash(new.document) for new in documents)
     parts: dict[str, np.ndarray] = {
@@ -562,6 +598,7 @@ def write_documents(writer: Writer, documents: Sequence[NewDocument], encodings:
         "documents/status": np.zeros(len(documents), np.uint8),
         "chunks/spans": rows["spans"],
         "chunks/encodings": encodings.astype(np.float16),
+        **({} if reader is None else {READER: reader}),
     }
     together([partial(writer.append, name, own) for name, own in parts.items()])
 

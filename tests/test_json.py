@@ -54,6 +54,7 @@ INFO = {
     "format": int,
     "config": {"chunk_tokens": int, "fanout": int, "spill": int, "alpha": NUMBER, "seed": int, "language": str},
     "trained": str | None,
+    "reader_vectors": bool,
     "store_bytes": int,
     "image_bytes": int,
 }

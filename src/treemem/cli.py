@@ -184,6 +184,9 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     language: Annotated[str, typer.Option(help="Language of the documents (ISO 639-1).")] = "en",
     strict: Annotated[bool, typer.Option("--strict", help="Fail if anything cannot be read.")] = False,
+    store_reader_vectors: Annotated[
+        bool, typer.Option("--store-reader-vectors", help="Keep what ask --reader vectors reads of each chunk.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build a memory from documents; an interrupted build continues where it stopped."""
@@ -203,6 +206,7 @@ def build(
                 config=config,
                 report=report,
                 strict=strict,
+                store_reader_vectors=store_reader_vectors,
                 progress=progress,
             )
     except UnreadableInput:
@@ -301,6 +305,8 @@ def info(memory: MemoryPath, at: At = None, as_json: AsJson = False) -> None:
     table.add_row("encoder", f"{shown(found.encoder)}, {found.dimension} dimensions")
     table.add_row("tree", f"fanout {found.config.fanout}, spill {found.config.spill}, seed {found.config.seed}")
     table.add_row("trained", shown(found.trained or "no"))
+    if found.reader_vectors:
+        table.add_row("reader vectors", "kept in the store")
     table.add_row(
         "on disk", f"{found.store_bytes / 1e6:,.1f} MB store, {found.image_bytes / 1e6:,.1f} MB serving image"
     )

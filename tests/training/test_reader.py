@@ -193,6 +193,7 @@ def test_maps_begin_at_the_words_of_windows(encoder: Encoder, examples: Examples
     assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("unchecked_types")  # which take as long as the training; other tests check them
 def test_a_reader_answers_from_vectors_and_not_from_shuffled_ones(tmp_path: Path, encoder: Encoder) -> None:
     """Facts as pairs of a name and one of eight words, every fourth pair never seen in training."""
     pairs = [(name, word) for name in NAMES for word in WORDS]
