@@ -122,26 +122,6 @@ def _states(given: torch.Tensor, tokens: list[_Tokens]) -> Iterator[TokenStates]
         yield TokenStates(matrix[keep], [span for span in own.spans if span is not None])
 
 
-def _windows(given: torch.Tensor, tokens: list[_Tokens]) -> list[Float32[np.ndarray, "windows d"]]:
-    """Of each text of a batch the means of its own tokens' unit states, window by window."""
-    import torch
-
-    most = READER_WINDOW * READER_VECTORS
-    # Each token's window, windows of all texts counted through; -1 for what is in none.
-    windows = torch.full(given.shape[:2], -1)
-    counts: list[int] = []
-    for i, own in enumerate(tokens):
-        places = own.own[:most]
-        windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
-        counts.append(-(-len(places) // READER_WINDOW))
-    inside = (windows >= 0).to(given.device)
-    windows = windows.to(given.device)[inside]
-    states = torch.nn.functional.normalize(given[inside].float(), dim=1)
-    sums = states.new_zeros((sum(counts), given.shape[2])).index_add_(0, windows, states)
-    means = (sums / torch.bincount(windows, minlength=len(sums))[:, None]).cpu().numpy()
-    return list(np.split(means, np.cumsum(counts)[:-1]))
-
-
 def _own_modules(folder: str) -> bool:
     """Whether a folder holds a model whose modules are all those of sentence-transformers and treemem."""
     from treemem.hierarchy.vector import MODULE
@@ -367,11 +347,35 @@ class Encoder:
         for rows, features, tokens in self._batches(texts, self._document_prompt):
             given = self._forward(features, precise=False)
             vectors[rows] = _unit(given["sentence_embedding"].float())
-            for row, own in zip(rows, _windows(given["token_embeddings"], tokens), strict=True):
+            for row, own in zip(rows, self._windows(given["token_embeddings"], tokens), strict=True):
                 windows[row, : len(own)] = own
         self._check_finite(texts, vectors, "values")
         self._check_finite(texts, windows.reshape(len(texts), READER_VECTORS * self.dimension), "reader vectors")
         return vectors, windows
+
+    def _windows(self, given: torch.Tensor, tokens: list[_Tokens]) -> list[Float32[np.ndarray, "windows d"]]:
+        """Of each text of a batch the means of its own tokens' unit states, window by window."""
+        import torch
+
+        if given.shape[2] != self.dimension:
+            raise ModelError(
+                f"encoder {self.name!r}: its token states have {given.shape[2]} dimensions and its vectors "
+                f"{self.dimension}; a language model cannot read both"
+            )
+        most = READER_WINDOW * READER_VECTORS
+        # Each token's window, windows of all texts counted through; -1 for what is in none.
+        windows = torch.full(given.shape[:2], -1)
+        counts: list[int] = []
+        for i, own in enumerate(tokens):
+            places = own.own[:most]
+            windows[i, places] = sum(counts) + torch.arange(len(places)) // READER_WINDOW
+            counts.append(-(-len(places) // READER_WINDOW))
+        inside = (windows >= 0).to(given.device)
+        windows = windows.to(given.device)[inside]
+        states = torch.nn.functional.normalize(given[inside].float(), dim=1)
+        sums = states.new_zeros((sum(counts), given.shape[2])).index_add_(0, windows, states)
+        means = (sums / torch.bincount(windows, minlength=len(sums))[:, None]).cpu().numpy()
+        return list(np.split(means, np.cumsum(counts)[:-1]))
 
     def reader_vectors(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "windows d"]]:
         """What a language model reads in place of each text: a vector for every `READER_WINDOW` of its tokens.
@@ -384,7 +388,7 @@ class Encoder:
         out = [np.empty((0, self.dimension), np.float32)] * len(texts)
         for rows, features, tokens in self._batches(texts, self._document_prompt):
             given = self._forward(features, precise=False)["token_embeddings"]
-            for row, own in zip(rows, _windows(given, tokens), strict=True):
+            for row, own in zip(rows, self._windows(given, tokens), strict=True):
                 out[row] = own
         for text, vectors in zip(texts, out, strict=True):
             self._check_finite([text], vectors.reshape(1, -1), "reader vectors")

@@ -399,9 +399,10 @@ class Memory:
 
     def stored_reader_vectors(self, chunks: Sequence[int]) -> list[Float16[np.ndarray, "windows d"]] | None:
         """What a language model reads of each of some chunks, None where the memory does not keep it."""
-        if not self.store.keeps_reader_vectors:
+        store = self.store.at(self._info.snapshot, None)  # another thread's edit may give chunks other numbers
+        if not store.keeps_reader_vectors:
             return None
-        rows = self.store.rows(READER, np.array(chunks, np.int64)) if len(chunks) else ()
+        rows = store.rows(READER, np.array(chunks, np.int64)) if len(chunks) else ()
         return [own[own.any(1)] for own in rows]
 
     def document(self, document_id: str) -> Document:

@@ -480,7 +480,9 @@ def adapted(model: LocalModel, folder: Path) -> LocalModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what one library deprecates for the other
-            merged = PeftModel.from_pretrained(copy.deepcopy(model.model), str(folder)).merge_and_unload()
+            with model.turn:
+                own = copy.deepcopy(model.model)
+            merged = PeftModel.from_pretrained(own, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the adapter cannot be used ({str(error).splitlines()[0]})") from error
     return LocalModel(

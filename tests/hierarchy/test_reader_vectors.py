@@ -14,7 +14,7 @@ from tests.test_cli import Run, folder, run
 
 from treemem import Document, Memory
 from treemem.config import TreeConfig
-from treemem.errors import InputError
+from treemem.errors import InputError, ModelError
 from treemem.hierarchy import build as building
 from treemem.hierarchy.context import gather_vectors
 from treemem.hierarchy.embed import Encoder, load_encoder
@@ -116,6 +116,45 @@ def test_without_them_there_is_no_array(tmp_path: Path, encoder: Encoder) -> Non
     assert not memory.info().reader_vectors
     with pytest.raises(Exception, match="reader is missing"):
         memory.store.array(READER)
+
+
+def test_a_tuned_encoder_makes_them_void(tmp_path: Path, encoder: Encoder) -> None:
+    memory = built(tmp_path / "m", encoder)
+    vectors = [own.vectors for own in memory.store.levels()]
+    encodings = memory.store.read("chunks/encodings")
+    memory.store.retrain(vectors, memory.store.spread(), (b"{}", b""), "another head", None)
+    assert memory.store.keeps_reader_vectors
+    memory.store.retrain(vectors, memory.store.spread(), (b"{}", b""), "tuned", encodings)
+    assert not memory.store.keeps_reader_vectors
+
+
+def test_a_search_reads_its_own_snapshot(tmp_path: Path, encoder: Encoder) -> None:
+    """Compacting gives chunks other numbers; who has begun before goes on with the old ones."""
+    memory = built(tmp_path / "m", encoder)
+    before = memory._as_it_is(encoder=True)
+    chunks = list(memory.image.chunks_of(memory.image.number_of("d20") or 0))
+    expected = memory.stored_reader_vectors(chunks)
+    memory.remove(["d3"])
+    memory.compact()
+    assert memory.image.chunks < before.image.chunks
+    found = before.stored_reader_vectors(chunks)
+    assert found is not None
+    assert expected is not None
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_states_of_another_dimension_are_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = encoder._forward
+
+    def wider(features: Any, precise: bool) -> dict[str, Any]:
+        given = forward(features, precise)
+        return {**given, "token_embeddings": given["token_embeddings"].repeat(1, 1, 2)}
+
+    monkeypatch.setattr(encoder, "_forward", wider)
+    for encode in (encoder.encode_chunks, encoder.reader_vectors):
+        with pytest.raises(ModelError, match="its token states have 64 dimensions"):
+            encode(["A mill."])
 
 
 def test_damage_is_found(tmp_path: Path, encoder: Encoder) -> None:
