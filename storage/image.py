@@ -359,12 +359,19 @@ class Image:
             self.cluster_map, self.cluster_mean = self._load("cluster-map"), self._load("cluster-mean")
             """(d, d) and (d): what vectors are multiplied by, less their mean, before they are clustered."""
             self._names = tuple(self._load(f"level-{number}-names") for number in range(len(sizes), 1, -1))
-        except (OSError, ValueError, EOFError, RecursionError, KeyError, DamagedMemory) as error:
+        except (OSError, ValueError, EOFError, RecursionError, LookupError, DamagedMemory) as error:
             raise self._damaged(error) from error
 
         known = len(self._id_hashes) + len(self._id_tail)
         if not known == len(self._text_ends) == len(self.status) or len(self.spans) != self.tree.sizes[-1]:
             raise self._damaged(ValueError("counts differ"))
+        for ends, total in (
+            (self._text_ends, len(self._text)),
+            (self._record_ends, len(self._records)),
+            (self._chunk_ends, len(self.spans)),
+        ):
+            if len(ends) and (ends[0] < 0 or ends[-1] != total or (np.diff(ends) < 0).any()):
+                raise self._damaged(ValueError("documents do not end one after the other"))
 
     def _load(self, name: str) -> Any:
         return map_npy(self.folder / f"{name}.npy", self._rows.get(name))
@@ -398,6 +405,8 @@ class Image:
     def _places(self) -> tuple[np.ndarray, ...]:
         out = []
         for names, live in zip(self._names, self.tree.live, strict=False):
+            if not np.array_equal(np.sort(names[live]), np.arange(len(live))):
+                raise self._damaged(ValueError("numbers of nodes are missing"))
             places = np.empty(len(live), np.int32)
             places[names[live]] = live
             out.append(places)
@@ -451,6 +460,8 @@ class Image:
             place += 1
         numbers += (np.flatnonzero(self._id_tail == wanted) + len(self._id_hashes)).tolist()
         for number in numbers:
+            if number >= len(self.status) or number < 0:
+                raise self._damaged(ValueError("an id leads to no document"))
             if self.status[number] != REMOVED and self.record(number)["id"] == document_id:
                 return number
         return None
