@@ -26,6 +26,8 @@ from treemem.storage.files import map_npy, save_npy, write_npy
 
 K1 = 1.2
 B = 0.75
+MOST_WORDS = 1 << 20
+"""More than any chunk has: a damaged length is told before tables of that size are made."""
 MAX_QUERY_TERMS = 1024
 """A query keeps this many of its rarest terms."""
 LONGEST_WORD = 40
@@ -233,6 +235,9 @@ class Lexical:
         files = {name: _file(folder, name) for name in FILES}
         arrays = {name: map_npy(file, None if rows is None else rows.get(file.stem)) for name, file in files.items()}
         self.chunks = chunks
+        low, high = (int(edge(arrays["lengths"], initial=0)) for edge in (np.min, np.max))
+        if low < 0 or high > MOST_WORDS:
+            raise DamagedMemory(f"{folder}: a chunk of {low if low < 0 else high} words; delete the folder")
         norms = _norms(arrays["lengths"], words / chunks if words else 1.0)
         self.index = LexicalIndex(arrays["offsets"], arrays["terms"], arrays["counts"], norms)
         self.index.check()

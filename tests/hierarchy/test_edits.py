@@ -21,6 +21,7 @@ from treemem.errors import DamagedMemory, InputError, OutOfSpace, StoreError, Tr
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
 from treemem.storage import follow as following
+from treemem.storage.files import map_npy
 from treemem.storage.follow import VECTORS
 from treemem.storage.image import Image
 from treemem.types import Document
@@ -258,19 +259,20 @@ def test_flipped_bits_of_the_image_are_right_answers_or_named_errors(memory: Mem
     assert named > 5
 
 
-def test_words_that_are_damaged_are_made_anew_by_the_next_edit(memory: Memory) -> None:
-    """A length that a flipped bit has made huge is no wrong number until its document leaves."""
+@pytest.mark.parametrize("bit", [19, 30, 31])
+def test_words_that_are_damaged_are_made_anew(memory: Memory, bit: int) -> None:
+    """A length that is too large or negative is noticed at once, a lesser one when its document leaves."""
     rows = memory.image.rows["words-lengths"]
     path = memory.image.folder / "words-lengths.npy"
     data = bytearray(path.read_bytes())
     lengths = np.frombuffer(data, np.int32, offset=len(data) - 4 * rows)
     lengths.setflags(write=True)
-    lengths[0] ^= 1 << 30
+    lengths.view(np.uint32)[0] ^= np.uint32(1 << bit)
     path.write_bytes(data)
     again = Memory.open(memory.store.path, encoder=FakeEncoder())
-    first = again.document(again.ids()[0]).id
-    again.remove([first])
-    assert again.image.fresh, "the image was not made from the store"
+    again.remove([again.ids()[0]])
+    assert again.image.fresh == (bit == 19), "made from the store now, or when it was opened"
+    assert (np.abs(map_npy(again.image.folder / "words-lengths.npy")) < 1000).all()
     assert again.verify().sound
 
 
