@@ -30,7 +30,7 @@ def counted(trial: Callable[[], str], counts: Counter[str], wrong: list[str]) ->
         counts[trial()] += 1
     except Wrong as error:
         counts["WRONG"] += 1
-        wrong.append(str(error)[:300])
+        wrong.append(str(error).strip().splitlines()[-1][:300])  # of a trace what was raised
         print(f"WRONG: {error}", flush=True)
 
 
