@@ -27,7 +27,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)
     stored = [kinds(cell) for cell in notebook.cells if cell.cell_type == "code"]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     fresh = [kinds(cell) for cell in notebook.cells if cell.cell_type == "code"]
     assert fresh == stored, "the stored outputs are not those of the code; run: make notebooks"
 
