@@ -343,7 +343,11 @@ class Lexical:
         while True:
             with _panics_as_damage(self._folder):
                 found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
-                chunks = np.array(self._searcher.fast_field_values("chunk", [at for _, at in found]), np.int32)
+                numbers = self._searcher.fast_field_values("chunk", [at for _, at in found])
+            known = [own for own in numbers if isinstance(own, int) and 0 <= own < self.index.size]
+            if len(known) < len(numbers):
+                raise _damaged(self._folder)
+            chunks = np.array(known, np.int32)
             kept = np.arange(len(chunks)) if allowed is None else np.flatnonzero(allowed[chunks])
             if len(found) < asked or asked == self.index.size:
                 break
@@ -365,7 +369,11 @@ def _panics_as_damage(folder: Path) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise DamagedMemory(f"{folder}: the index of words is damaged; delete the folder, it is made again") from error
+        raise _damaged(folder) from error
+
+
+def _damaged(folder: Path) -> DamagedMemory:
+    return DamagedMemory(f"{folder}: the index of words is damaged; delete the folder, it is made again")
 
 
 def _norms(lengths: Int32[np.ndarray, " chunks"], mean: float) -> Float32[np.ndarray, " chunks"]:

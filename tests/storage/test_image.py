@@ -212,6 +212,24 @@ def test_a_panic_over_the_words_is_damage(
         Image(folder_of(memory_path))
 
 
+@pytest.mark.parametrize("number", [-1, 1 << 20, 1 << 63])
+def test_words_that_lead_to_no_chunk_are_damage(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    image = Image(folder_of(memory_path))
+    given = image.lexical._searcher
+
+    class Damaged:
+        search = staticmethod(given.search)
+
+        def fast_field_values(self, name: str, addresses: list[object]) -> list[int]:
+            return [number, *given.fast_field_values(name, addresses)[1:]]
+
+    monkeypatch.setattr(image.lexical, "_searcher", Damaged())
+    with pytest.raises(DamagedMemory, match="the index of words is damaged"):
+        image.lexical.best(image.lexical.query("violin number"), 3)
+
+
 def test_missing_parts_are_made_again(memory_path: Path, encoder: FakeEncoder) -> None:
     folder = folder_of(memory_path)
     expected = answers(memory_path, encoder)
