@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from treemem.errors import ModelError
 from treemem.hierarchy.context import GatheredVectors
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import How, ReaderPrompt, ReadingModel
@@ -41,6 +42,8 @@ def attribute(
         given: the vectors in it, None where there are none.
         ids: the reply's tokens; end marks are left out.
         gradients: gradient times input too: one pass backward for each token, over the whole prompt.
+
+    Raises ModelError where the model does not tell its attention, or fails.
     """
     model = reading.model_for(how)
     while ids and model.controls(ids[-1:]):
@@ -52,9 +55,13 @@ def attribute(
     if not ids:
         return Attribution("", (), sources, (), () if gradients else None)
     embeds = reading.embedded(how, prompt, given).detach()
-    found = {"attention": attention(model, embeds, ids)}
-    if gradients:
-        found["gradients"] = gradient_times_input(model, embeds, ids)
+    try:
+        found = {"attention": attention(model, embeds, ids)}
+        if gradients:
+            found["gradients"] = gradient_times_input(model, embeds, ids)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # of kinds without plain attention; out of memory
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"language model {model.name!r}: where it looked cannot be told ({reason})") from error
     shares = {}
     for name, places in found.items():
         folded = np.zeros((len(sources), len(ids)))
@@ -83,6 +90,12 @@ def _sources(prompt: ReaderPrompt, given: GatheredVectors | None) -> tuple[tuple
     return (*sources, Source("reply")), columns
 
 
+def _with_reply(own: Any, embeds: Float[Tensor, "1 n width"], ids: Sequence[int]) -> Float[Tensor, "1 m width"]:
+    """Prompt and reply as input embeddings; the last token is predicted, not read."""
+    told = own.get_input_embeddings()(torch.tensor([list(ids[:-1])], dtype=torch.long, device=embeds.device))
+    return torch.cat([embeds, told.to(embeds.dtype)], 1)
+
+
 @contextmanager
 def _telling(model: Any) -> Iterator[None]:
     """The model with attention that can be looked at; fused kernels do not give it away."""
@@ -106,6 +119,8 @@ def attention(
 
     Returns:
         For each token the weights of the n places of the prompt, then of the tokens before it; rows sum to 1.
+
+    Raises ModelError where the model does not tell it.
     """
     own = model.model
     with model.turn, torch.inference_mode():
@@ -113,19 +128,21 @@ def attention(
         past = None
         if embeds.shape[1] > 1:
             past = own(inputs_embeds=embeds[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        told = own.get_input_embeddings()(torch.tensor([list(ids[:-1])], dtype=torch.long, device=embeds.device))
         with _telling(own):
             given = own(
-                inputs_embeds=torch.cat([embeds[:, -1:], told.to(embeds.dtype)], 1),
+                inputs_embeds=_with_reply(own, embeds, ids)[:, embeds.shape[1] - 1 :],
                 past_key_values=past,
                 use_cache=True,
                 output_attentions=True,
             )
+    layers = [layer for layer in given.attentions or () if layer is not None]
+    if not layers:
+        raise ModelError(f"language model {model.name!r}: it does not tell its attention; ask another one")
     out = torch.zeros((len(ids), embeds.shape[1] + len(ids) - 1))
-    for layer in given.attentions:  # of sliding windows only the last places are there
+    for layer in layers:  # of sliding windows only the last places are there
         weights = layer[0].float().mean(0).cpu()
         out[:, out.shape[1] - weights.shape[1] :] += weights
-    return (out / len(given.attentions)).numpy()
+    return (out / len(layers)).numpy()
 
 
 def gradient_times_input(
@@ -144,8 +161,7 @@ def gradient_times_input(
     """
     own = model.model
     with model.turn, torch.enable_grad():
-        told = own.get_input_embeddings()(torch.tensor([list(ids[:-1])], dtype=torch.long, device=embeds.device))
-        inputs = torch.cat([embeds, told.to(embeds.dtype)], 1).detach().clone().requires_grad_()
+        inputs = _with_reply(own, embeds, ids).detach().clone().requires_grad_()
         logits = own(inputs_embeds=inputs, use_cache=False, logits_to_keep=len(ids)).logits[0]
         wanted = torch.tensor(list(ids), device=logits.device)
         logs = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]

@@ -292,6 +292,22 @@ def _control_tokens(tokenizer: Any) -> dict[str, int]:
     return tokens
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What a local model is asked to generate."""
+
+    inputs: dict[str, torch.Tensor]
+    """The prompt as `generate` takes it: ids or embeddings."""
+    length: int
+    """How many ids stand before the reply in what `generate` keeps: none of a prompt of embeddings."""
+    max_tokens: int
+    """Most tokens of the reply."""
+    temperature: float = 0.0
+    """0 takes the likeliest token always."""
+    seed: int = 0
+    """Of the sampling."""
+
+
 class LocalModel:
     """A causal model of transformers on this machine. One reply is generated at a time; others wait."""
 
@@ -351,7 +367,7 @@ class LocalModel:
         prompt = self.prompt_ids(messages)
         self._require_room(len(prompt), max_tokens)
         ids = torch.tensor([prompt], device=self.model.device)
-        return self._generate({"input_ids": ids}, len(prompt), max_tokens, temperature, seed)
+        return self._generate(_Request({"input_ids": ids}, len(prompt), max_tokens, temperature, seed))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered conversation; its only control tokens are those of the chat template."""
@@ -419,7 +435,7 @@ class LocalModel:
             ModelError: prompt and reply do not fit into the context, or the model fails.
         """
         self._require_room(embeds.shape[1], max_tokens)
-        return self._generate({"inputs_embeds": embeds}, 0, max_tokens, 0.0, 0, ids)
+        return self._generate(_Request({"inputs_embeds": embeds}, 0, max_tokens), ids)
 
     def _require_room(self, prompt: int, reply: int) -> None:
         if prompt + reply > self.context_tokens:
@@ -428,32 +444,11 @@ class LocalModel:
                 f"into its context of {self.context_tokens}; show it fewer passages or ask for a shorter reply"
             )
 
-    def _generate(
-        self,
-        inputs: dict[str, torch.Tensor],
-        length: int,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        ids: list[int] | None = None,
-    ) -> Iterator[str]:
-        """Run the model on a prompt of ids or of embeddings.
-
-        Args:
-            inputs: the prompt as `generate` takes it.
-            length: how many ids stand before the reply in what `generate` keeps: none of a prompt of embeddings.
-            max_tokens: most tokens of the reply.
-            temperature: 0 takes the likeliest token always.
-            seed: of the sampling.
-            ids: is given the reply's tokens as they come.
-        """
+    def _generate(self, request: _Request, ids: list[int] | None = None) -> Iterator[str]:
+        """Run the model; `ids` is given the reply's tokens as they come."""
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
-        worker = threading.Thread(
-            target=self._work,
-            args=(inputs, length, max_tokens, temperature, seed, tokens, stop),
-            name="treemem-generate",
-        )
+        worker = threading.Thread(target=self._work, args=(request, tokens, stop), name="treemem-generate")
         worker.start()
         text = _TextSoFar(self.tokenizer)
         try:
@@ -473,33 +468,26 @@ class LocalModel:
             worker.join()
 
     def _work(
-        self,
-        inputs: dict[str, torch.Tensor],
-        length: int,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        tokens: queue.SimpleQueue[int | BaseException | None],
-        stop: threading.Event,
+        self, request: _Request, tokens: queue.SimpleQueue[int | BaseException | None], stop: threading.Event
     ) -> None:
         """Generate in a thread of its own; whatever happens, the queue ends with None."""
         import torch
 
         try:
             sampling: dict[str, Any] = {"do_sample": False}
-            if temperature > 0:
-                sampling = {"do_sample": True, "temperature": temperature}
-            with self.turn, torch.inference_mode(), torch.random.fork_rng(enabled=temperature > 0):
-                if temperature > 0:
-                    torch.manual_seed(seed)
-                shape = next(iter(inputs.values())).shape[:2]
+            if request.temperature > 0:
+                sampling = {"do_sample": True, "temperature": request.temperature}
+            with self.turn, torch.inference_mode(), torch.random.fork_rng(enabled=request.temperature > 0):
+                if request.temperature > 0:
+                    torch.manual_seed(request.seed)
+                shape = next(iter(request.inputs.values())).shape[:2]
                 self.model.generate(
-                    **inputs,
+                    **request.inputs,
                     attention_mask=torch.ones(shape, dtype=torch.long, device=self.model.device),
-                    max_new_tokens=max_tokens,
+                    max_new_tokens=request.max_tokens,
                     streamer=_tokens_into(tokens),
                     stopping_criteria=_stopping(stop),
-                    logits_processor=_processors(self.decoding, length),
+                    logits_processor=_processors(self.decoding, request.length),
                     **sampling,
                 )
         except BaseException as error:

@@ -387,6 +387,12 @@ class Memory:
             from treemem.hierarchy.reader import choose_reader  # torch is slow to import, and quotes need none of it
 
             reading = choose_reader(reader, llm, EncoderInfo(**self.store.info().encoder))
+            tuned = self.hierarchy is not None and self.hierarchy.adapter is not None
+            if tuned and reading is not None and reading[1] != "text":
+                raise InputError(
+                    f"reader = {reader!r}: encoder 1 of {self.store.name} was fine-tuned, and no reader has "
+                    "learned what it gives now; ask with --reader text"
+                )
         config = config or config_for(llm, reading)
         if max_tokens is not None:
             config = replace(config, max_tokens=max_tokens)

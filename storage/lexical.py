@@ -235,9 +235,8 @@ class Lexical:
         files = {name: _file(folder, name) for name in FILES}
         arrays = {name: map_npy(file, None if rows is None else rows.get(file.stem)) for name, file in files.items()}
         self.chunks = chunks
-        low, high = (int(edge(arrays["lengths"], initial=0)) for edge in (np.min, np.max))
-        if low < 0 or high > MOST_WORDS:
-            raise DamagedMemory(f"{folder}: a chunk of {low if low < 0 else high} words; delete the folder")
+        if arrays["lengths"].min(initial=0) < 0 or arrays["lengths"].max(initial=0) > MOST_WORDS:
+            raise _damaged(folder)
         norms = _norms(arrays["lengths"], words / chunks if words else 1.0)
         self.index = LexicalIndex(arrays["offsets"], arrays["terms"], arrays["counts"], norms)
         self.index.check()

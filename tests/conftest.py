@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,17 @@ jaxtyping.install_import_hook(modules_with_checkable_functions(), TYPE_CHECKER)
 # Examples are the same on every run and machine; a slow machine is no failure.
 hypothesis.settings.register_profile("treemem", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("treemem")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other at every tiny product are slow on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -35,15 +35,14 @@ def fit(trainer: lightning.Trainer, *args: Any, **options: Any) -> None:
 
     Raises KeyboardInterrupt where it was interrupted.
     """
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     try:
         trainer.fit(*args, **options)
     except SystemExit:
         if not trainer.interrupted:
             raise
     finally:
-        if main:
+        if handler is not None:
             signal.signal(signal.SIGINT, handler)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.evaluation.sets import write_jsonl, write_set, write_table
 
 from treemem import Memory
@@ -24,16 +22,8 @@ from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.walk import subtree
 from treemem.types import Document, Hit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = {"hit@1", "hit@10", "ndcg@10", "recall@10", "recall@100", "scored", "ms_p50", "ms_p95"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every small product are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.models import KINDS, tiny_model
 from treemem import Document, Memory
 from treemem.config import TreeConfig
 from treemem.draw import draw_attribution
-from treemem.errors import InputError
+from treemem.errors import InputError, ModelError
 from treemem.hierarchy.attribute import attention, attribute, gradient_times_input
 from treemem.hierarchy.embed import EncoderInfo, load_encoder
 from treemem.hierarchy.generate import LocalModel
@@ -99,6 +99,29 @@ def test_sources_are_what_the_prompt_is_made_of() -> None:
     np.testing.assert_allclose(np.sum(list(grouped.values()), 0), 1.0, rtol=1e-5)
 
 
+def test_a_model_that_tells_nothing_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = reading_of()
+    prompt = reader_prompt(reading.model, "x", PASSAGES)
+    own = reading.model.model
+    forward = own.forward
+
+    def silent(*arguments: Any, **options: Any) -> Any:
+        given = forward(*arguments, **options)
+        given.attentions = None
+        return given
+
+    monkeypatch.setattr(own, "forward", silent)
+    with pytest.raises(ModelError, match="does not tell its attention"):
+        attribute(reading, "text", prompt, None, IDS)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(own, "forward", failing)
+    with pytest.raises(ModelError, match=r"where it looked cannot be told \(out of memory\)"):
+        attribute(reading, "text", prompt, None, IDS)
+
+
 def test_nothing_was_written() -> None:
     reading = reading_of()
     prompt = reader_prompt(reading.model, "x", PASSAGES)
@@ -155,6 +178,20 @@ def test_attribution_without_a_reader_is_refused(asked: tuple[Memory, LocalModel
         memory.ask("x", llm=model, reader="none", attribute="attention")
     with pytest.raises(InputError, match="it must be attention or gradients"):
         memory.ask("x", llm=model, reader=folder, attribute="heads")  # type: ignore[arg-type]
+
+
+def test_a_fine_tuned_encoder_is_read_by_no_reader_of_vectors(
+    asked: tuple[Memory, LocalModel, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, model, folder = asked
+
+    class Tuned:
+        adapter = "any"
+
+    monkeypatch.setattr(type(memory), "hierarchy", property(lambda self: Tuned()))
+    for how in ("vectors", "both"):
+        with pytest.raises(InputError, match="was fine-tuned"):
+            memory.ask("x", llm=model, reader=f"{how}@{folder}")
 
 
 def test_attribution_is_drawn(asked: tuple[Memory, LocalModel, str], tmp_path: Path) -> None:

@@ -39,17 +39,10 @@ TEMPLATE = (
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 ASK = [Message("system", "Be brief."), Message("user", "What is a heap?")]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 # --- a tiny model of transformers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny product are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,9 @@ from treemem.training.reader import (
     fit_maps,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "heron")
 NAMES = ("Arda", "Belen", "Corin", "Dagny", "Elric", "Fenna", "Garth", "Hilda", "Ivo", "Jorun", "Kaya", "Lorn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models run no faster in several, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
