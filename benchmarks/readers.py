@@ -41,10 +41,19 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.monotonic()
     sets = [Examples.load(folder) for folder in options.train]
     encoder = load_encoder("minilm", options.device)
-    config = ReaderTraining(minutes=options.minutes, seed=options.seed)
-    trainer = ReaderTrainer(
-        language_model(), encoder, sets, options.reader, config=config, device=options.device, progress=told
+    config = ReaderTraining(
+        minutes=options.minutes,
+        shares=tuple(options.shares),
+        batch_tokens=options.train_batch_tokens,
+        rate=options.rate,
+        projection_rate=options.rate,
+        seed=options.seed,
     )
+    start = load_reader(options.start) if options.start else None
+    trainer = ReaderTrainer(
+        language_model(), encoder, sets, options.reader, config=config, start=start, device=options.device,
+        progress=told,
+    )  # fmt: skip
     reader = trainer.fit()
     return {
         "minutes": options.minutes,
@@ -63,7 +72,11 @@ def main() -> None:
     parser.add_argument("--reader", type=Path, required=True, help="folder of the reader")
     parser.add_argument("--train", type=Path, nargs="*", default=[], help="folders of examples to train on first")
     parser.add_argument("--judge", nargs="*", default=[], help="NAME=FOLDER of examples to judge by")
+    parser.add_argument("--start", help="reader that is gone on with: default, or a folder")
     parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--shares", type=float, nargs=3, default=ReaderTraining.shares)
+    parser.add_argument("--train-batch-tokens", type=int, default=ReaderTraining.batch_tokens)
+    parser.add_argument("--rate", type=float, default=ReaderTraining.rate)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS))
     parser.add_argument("--most", type=int, help="at most so many questions of each set")

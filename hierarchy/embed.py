@@ -29,6 +29,8 @@ BATCH_TOKENS = 32 * 128
 """Padded tokens in one forward pass."""
 READER_WINDOW = 16
 """Tokens behind one reader vector; what lies behind the windows of `READER_VECTORS` is left out."""
+READER_LAYER = 1
+"""The layer whose states reader vectors are means of: later ones tell less of the words (`docs/log.md`)."""
 _PROBE = "The quick brown Fox, naïve café: 3.14 €; 日本 don't"
 """How an encoder cuts it tells its tokenizer from others."""
 
@@ -209,6 +211,9 @@ class Encoder:
         self._tokenizer.no_truncation()
         _divide_long_words(self._tokenizer)
         self._special = backend.num_special_tokens_to_add(False)
+        settings: Any = getattr(getattr(model[0], "auto_model", None), "config", None)
+        if hasattr(settings, "output_hidden_states"):
+            settings.output_hidden_states = True  # for reader vectors; keeping the states costs no time
         self._document_prompt = _prompt(model, "document", "passage", "corpus")
         self._query_prompt = _prompt(model, "query")
 
@@ -347,16 +352,18 @@ class Encoder:
         for rows, features, tokens in self._batches(texts, self._document_prompt):
             given = self._forward(features, precise=False)
             vectors[rows] = _unit(given["sentence_embedding"].float())
-            for row, own in zip(rows, self._windows(given["token_embeddings"], tokens), strict=True):
+            for row, own in zip(rows, self._windows(given, tokens), strict=True):
                 windows[row, : len(own)] = own
         self._check_finite(texts, vectors, "values")
         self._check_finite(texts, windows.reshape(len(texts), READER_VECTORS * self.dimension), "reader vectors")
         return vectors, windows
 
-    def _windows(self, given: torch.Tensor, tokens: list[_Tokens]) -> list[Float32[np.ndarray, "windows d"]]:
+    def _windows(self, output: dict[str, Any], tokens: list[_Tokens]) -> list[Float32[np.ndarray, "windows d"]]:
         """Of each text of a batch the means of its own tokens' unit states, window by window."""
         import torch
 
+        layers = output.get("all_layer_embeddings")
+        given = output["token_embeddings"] if layers is None else layers[min(READER_LAYER, len(layers) - 1)]
         if given.shape[2] != self.dimension:
             raise ModelError(
                 f"encoder {self.name!r}: its token states have {given.shape[2]} dimensions and its vectors "
@@ -380,18 +387,28 @@ class Encoder:
     def reader_vectors(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "windows d"]]:
         """What a language model reads in place of each text: a vector for every `READER_WINDOW` of its tokens.
 
-        A window's vector is the mean of its tokens' contextual states (as unit vectors), special tokens left out; at
-        most `READER_VECTORS` of a text, none of an empty one.
+        A window's vector is the mean of its tokens' states in layer `READER_LAYER` (as unit vectors; those of the last
+        layer where a model tells no others), special tokens left out; at most `READER_VECTORS` of a text, none of an
+        empty one.
 
         Raises ModelError where the model gives NaN or infinity.
         """
-        out = [np.empty((0, self.dimension), np.float32)] * len(texts)
+        return [vectors for vectors, _ in self.reader_windows(texts)]
+
+    def reader_windows(self, texts: Sequence[str]) -> list[tuple[Float32[np.ndarray, "windows d"], list[Span]]]:
+        """What `reader_vectors` gives, and the characters of each text that each vector stands for.
+
+        Raises ModelError where the model gives NaN or infinity.
+        """
+        out: list[tuple[np.ndarray, list[Span]]] = [(np.empty((0, self.dimension), np.float32), [])] * len(texts)
         for rows, features, tokens in self._batches(texts, self._document_prompt):
-            given = self._forward(features, precise=False)["token_embeddings"]
-            for row, own in zip(rows, self._windows(given, tokens), strict=True):
-                out[row] = own
-        for text, vectors in zip(texts, out, strict=True):
-            self._check_finite([text], vectors.reshape(1, -1), "reader vectors")
+            vectors = self._windows(self._forward(features, precise=False), tokens)
+            for row, own, token in zip(rows, vectors, tokens, strict=True):
+                spans = [span for span in token.spans if span is not None]
+                windows = [spans[i * READER_WINDOW : (i + 1) * READER_WINDOW] for i in range(len(own))]
+                out[row] = own, [(window[0][0], window[-1][1]) for window in windows]
+        for text, (own, _) in zip(texts, out, strict=True):
+            self._check_finite([text], own.reshape(1, -1), "reader vectors")
         return out
 
     def _forward(self, features: dict[str, Any], precise: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 How = Literal["text", "vectors", "both"]
 HOW: tuple[How, ...] = get_args(How)
 """What a model is given of the memory: passages, embeddings, or embeddings and then passages."""
-READER_VERSION = 1
+READER_VERSION = 2
 CONFIG_FILE = "config.json"
 PROJECTION_FILE = "projection.safetensors"
 CARD_FILE = "README.md"
@@ -293,17 +293,19 @@ class Projection(nn.Module):
 
         Args:
             vectors: embeddings; only their directions count.
-            levels: 0 for windows of a chunk, 1 for chunks, from 2 on for nodes.
+            levels: 0 for windows of a chunk, 1 for chunks, from 2 on for nodes; best on the CPU, where a GPU need not
+                be waited for to know which are there.
             ranks: of an element's chunk or node among those gathered of its level, from 0.
             places: of a window in its chunk; 0 for others.
             scores: of the walk.
         """
         levels = levels.clamp(max=self.levels - 1)
         inputs = nn.functional.normalize(vectors, dim=-1) * self.dimension**0.5
+        by_level = [torch.nonzero(levels == level)[:, 0].to(inputs.device) for level in range(self.levels)]
+        levels = levels.to(inputs.device)
         tags = self.level(levels) + self.rank(ranks.clamp(max=RANKS - 1)) + self.place(places.clamp(max=PLACES - 1))
         out = tags + self.score(scores[:, None])
-        for level, (linear, network) in enumerate(zip(self.maps, self.networks, strict=True)):
-            rows = torch.nonzero(levels == level)[:, 0]
+        for rows, linear, network in zip(by_level, self.maps, self.networks, strict=True):
             if len(rows):
                 own = inputs[rows]
                 out = out.index_add(0, rows, (linear(own) + network(own)).to(out.dtype))

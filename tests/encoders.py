@@ -7,8 +7,8 @@ from pathlib import Path
 WORDS = "the a of and in is bees honey queen dance lamp bread smoke some words word text hello kites twin dunes day"
 
 
-def tiny_encoder_folder(folder: Path, dimension: int = 32) -> Path:
-    """Write a BERT of one layer with mean pooling as sentence-transformers saves it, and return its folder."""
+def tiny_encoder_folder(folder: Path, dimension: int = 32, layers: int = 1) -> Path:
+    """Write a small BERT with mean pooling as sentence-transformers saves it, and return its folder."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -33,7 +33,7 @@ def tiny_encoder_folder(folder: Path, dimension: int = 32) -> Path:
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=dimension,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * dimension,
         max_position_embeddings=64,

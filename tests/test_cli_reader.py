@@ -141,3 +141,10 @@ def test_a_reader_of_another_model_is_refused_in_one_line(run: Run, memory: Path
 
 def test_readers_without_answers(run: Run, dataset: Path) -> None:
     assert "add --answers" in run("eval", dataset, "--readers").error
+
+
+def test_what_cannot_be_gone_on_with_is_told_at_once(run: Run, memory: Path, dataset: Path, tmp_path: Path) -> None:
+    done = run("train-reader", memory, "--dataset", dataset, "--start", tmp_path / "nowhere")
+    assert done.code != 0
+    assert done.err.strip().count("\n") == 0
+    assert "no reader there" in done.err

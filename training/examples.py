@@ -79,6 +79,8 @@ class Examples:
     windows: Float16[np.ndarray, "windows d"] | None = None
     """Reader vectors of all chunks, those of chunk i are `windows[ends[i - 1]:ends[i]]`; None until `read`."""
     ends: Int64[np.ndarray, " chunks"] | None = None
+    pieces: list[list[Span]] = field(default_factory=list)
+    """Characters of each chunk's windows; none until `read`."""
 
     def read(self, encoder: Encoder, progress: Progress = no_progress) -> None:
         """Make the reader vectors of all chunks.
@@ -91,11 +93,13 @@ class Examples:
                 f"{encoder.name!r} ({encoder.info.weights[:8]})"
             )
         parts: list[np.ndarray] = []
+        pieces: list[list[Span]] = []
         for start in range(0, len(self.texts), ENCODE_BATCH):
             progress("encoding", start, len(self.texts))
-            parts += [
-                own.astype(np.float16) for own in encoder.reader_vectors(self.texts[start : start + ENCODE_BATCH])
-            ]
+            for vectors, spans in encoder.reader_windows(self.texts[start : start + ENCODE_BATCH]):
+                parts.append(vectors.astype(np.float16))
+                pieces.append(spans)
+        self.pieces = pieces
         self.ends = np.cumsum([len(own) for own in parts], dtype=np.int64)
         self.windows = np.concatenate([*parts, np.empty((0, encoder.dimension), np.float16)])
 

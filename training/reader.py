@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from treemem.errors import InputError
 from treemem.hierarchy.context import GatheredVectors, PassageText, joined
-from treemem.hierarchy.embed import READER_WINDOW, Encoder
+from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import (
     ADAPTERS,
@@ -59,12 +59,18 @@ Task = Literal["text", "restore", "continue", "fill", "vectors", "both"]
 STAGES = ("text", "reading", "answering")
 MIXTURES: dict[str, dict[Task, float]] = {
     "text": {"text": 1.0},
-    "reading": {"restore": 0.5, "continue": 0.15, "fill": 0.35},
-    "answering": {"vectors": 0.65, "both": 0.1, "restore": 0.05, "fill": 0.2},
+    "reading": {"restore": 0.6, "continue": 0.05, "fill": 0.35},
+    "answering": {"vectors": 0.7, "both": 0.05, "restore": 0.05, "fill": 0.2},
 }
 """Shares of the examples of each stage."""
+CPU_TOKENS, GPU_TOKENS = 2048, 32768
+"""Tokens of a batch: some ten seconds of two cores, or 30 GB of a GPU, where the model has 135 million weights."""
 SHORTEST = 20
 """Characters of a chunk that is worth giving back."""
+RESTORED = {1: 0.6, 2: 0.2, 8: 0.2}
+"""How many windows of a chunk are given back at once, and how often; short ones teach the most in a second."""
+NEAR = 8
+"""Half of the chunks among which a gap is to be filled stand at most so far from the right one."""
 INSTRUCTIONS: dict[Task, str] = {
     "restore": "Write down the text that the memory holds.",
     "continue": "Write how the text goes on.",
@@ -81,15 +87,15 @@ class ReaderTraining:
     """Of all stages together; what the preparation takes is not counted."""
     steps: int | None = None
     """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
-    shares: tuple[float, float, float] = (0.2, 0.45, 0.35)
+    shares: tuple[float, float, float] = (0.1, 0.5, 0.4)
     """Of the time, for `text`, `reading` and `answering`."""
-    batch_tokens: int = 16384
-    """Most tokens in a batch, padding included."""
-    batch: int = 128
+    batch_tokens: int = 0
+    """Most tokens in a batch, padding included; 0 for what suits the device (`CPU_TOKENS`, `GPU_TOKENS`)."""
+    batch: int = 512
     """Most examples in a batch."""
-    rate: float = 5e-4
+    rate: float = 2e-3
     """Highest learning rate of the adapters."""
-    projection_rate: float = 1e-3
+    projection_rate: float = 2e-3
     weight_decay: float = 0.01
     text_tokens: int = 900
     """Most tokens of a prompt with passages."""
@@ -122,23 +128,32 @@ class Batch:
     """Some examples, padded on the right."""
 
     ids: Int64[Tensor, "b n"]
-    mask: Int64[Tensor, "b n"]
+    """What follows an example is padding, which no state of the example sees."""
     wanted: Int64[Tensor, "m 2"]
     """Row and place of the states that predict the targets."""
     targets: Int64[Tensor, " m"]
     vector_places: Int64[Tensor, "v 2"]
     vectors: tuple[Tensor, ...] | None
-    taught: Bool[Tensor, " m"]
-    teacher_ids: Int64[Tensor, "m k"]
-    teacher_logs: Float[Tensor, "m k"]
+    taught: Int64[Tensor, " t"]
+    """Which targets a teacher has an opinion of, of which the next two tell."""
+    teacher_ids: Int64[Tensor, "t k"]
+    teacher_logs: Float[Tensor, "t k"]
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "vectors"
-        }
-        vectors = None if self.vectors is None else tuple(part.to(device, non_blocking=True) for part in self.vectors)
-        return Batch(**moved, vectors=vectors)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same where a GPU can fetch it from while it computes."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        own: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        vectors = self.vectors
+        if vectors is not None:
+            # The levels stay: which rows are of a level is found out without waiting for the GPU.
+            vectors = tuple(part if i == 1 else change(part) for i, part in enumerate(vectors))
+        return Batch(**own, vectors=vectors)
 
 
 class ReaderData:
@@ -163,7 +178,6 @@ class ReaderData:
         self.questions = [(s, r) for s, own in enumerate(sets) for r, row in enumerate(own.rows) if any(row.answers)]
         self.chunks = [(s, c) for s, own in enumerate(sets) for c, text in enumerate(own.texts) if len(text) > SHORTEST]
         self._cut: dict[PassageText, list[int]] = {}
-        self._texts = [model.encode_many(own.texts) for own in self.sets]
         # Once, before there are workers, each of which would do it again.
         shown = {passage for own in self.sets for row in own.rows for passage in row.passages[: self.passages]}
         self._cut.update(zip(shown, passage_ids(model, list(shown)), strict=True))
@@ -211,11 +225,16 @@ class ReaderData:
         own = self.sets[s]
         text = own.texts[chunk]
         if task == "restore":
-            return self._about(own, [chunk], INSTRUCTIONS[task], self.target(self._texts[s][chunk], 160))
+            pieces = own.pieces[chunk]
+            count = min(len(pieces), int(rng.choice(list(RESTORED), p=list(RESTORED.values()))))
+            first = int(rng.integers(len(pieces) - count + 1))
+            said = text[pieces[first][0] : pieces[first + count - 1][1]]
+            parts = own.parts(chunk, 0.5, 0)[first : first + count]
+            return self._about(own, parts, INSTRUCTIONS[task], self.target(said, 160))
         if task == "continue":
             if chunk == 0 or not own.follows[chunk]:
                 return None
-            return self._about(own, [chunk - 1], INSTRUCTIONS[task], self.target(self._texts[s][chunk], 64))
+            return self._about(own, own.parts(chunk - 1, 0.5, 0), INSTRUCTIONS[task], self.target(text, 64))
         facts = list(_FACT.finditer(text))
         if not facts:
             return None
@@ -224,13 +243,15 @@ class ReaderData:
         stop = text.find(". ", fact.end())
         stop = min(stop + 1 if stop >= 0 else len(text), fact.end() + 60)
         gap = f"{text[begin : fact.start()]}___{text[fact.end() : stop]}"
-        others = rng.choice(len(own.texts), min(self.passages - 1, len(own.texts) - 1), replace=False)
-        shown = [int(other) for other in others[: rng.integers(0, self.passages)] if other != chunk]
+        far = rng.choice(len(own.texts), min(self.passages, len(own.texts)), replace=False)
+        near = np.clip(chunk + rng.integers(-NEAR, NEAR + 1, self.passages), 0, len(own.texts) - 1)
+        others = [int(a if rng.random() < 0.5 else b) for a, b in zip(far, near, strict=False)]
+        shown = [other for other in dict.fromkeys(others[: rng.integers(0, self.passages)]) if other != chunk]
         shown.insert(int(rng.integers(0, min(3, len(shown)) + 1)), chunk)
-        return self._about(own, shown, f"What belongs in the gap: {gap}", self.target(fact[0]))
+        parts = [part for rank, number in enumerate(shown) for part in own.parts(number, 0.5, rank)]
+        return self._about(own, parts, f"What belongs in the gap: {gap}", self.target(fact[0]))
 
-    def _about(self, own: Examples, chunks: Sequence[int], asked: str, target: list[int]) -> Drawn:
-        parts = [part for rank, chunk in enumerate(chunks) for part in own.parts(chunk, 0.5, rank)]
+    def _about(self, own: Examples, parts: Sequence[Any], asked: str, target: list[int]) -> Drawn:
         given = joined(parts, own.chunks.shape[1])
         return Drawn(reader_prompt(self.model, asked, (), len(given)), given, target)
 
@@ -266,36 +287,31 @@ def collate(drawn: Sequence[Drawn], teacher: int) -> Batch:
     """Examples as one batch."""
     longest = max(len(own.prompt.ids) + len(own.target) for own in drawn)
     ids = torch.zeros((len(drawn), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    wanted, targets, places = [], [], []
-    taught, teacher_ids, teacher_logs = [], [], []
+    wanted: list[tuple[int, int]] = []
+    targets: list[int] = []
+    places: list[tuple[int, int]] = []
+    taught: list[int] = []
+    opinions = [(np.zeros((0, teacher), np.int64), np.zeros((0, teacher), np.float32))]
     for row, own in enumerate(drawn):
         begin, end = len(own.prompt.ids), len(own.prompt.ids) + len(own.target)
         ids[row, :end] = torch.tensor([*own.prompt.ids, *own.target])
-        mask[row, :end] = 1
+        if own.teacher is not None and len(own.teacher[0]) == len(own.target):
+            taught += range(len(targets), len(targets) + len(own.target))
+            opinions.append(own.teacher)
         wanted += [(row, place) for place in range(begin - 1, end - 1)]
         targets += own.target
         places += [(row, place) for place in own.prompt.vectors]
-        told = own.teacher is not None and len(own.teacher[0]) == len(own.target)
-        taught += [told] * len(own.target)
-        if told and own.teacher is not None:
-            teacher_ids.append(own.teacher[0])
-            teacher_logs.append(own.teacher[1])
-        else:
-            teacher_ids.append(np.zeros((len(own.target), teacher), np.int64))
-            teacher_logs.append(np.full((len(own.target), teacher), -1e4, np.float32))
     parts = [own.given for own in drawn if own.given is not None and len(own.prompt.vectors)]
     stacked = [torch.cat(columns) for columns in zip(*(tensors(own, "cpu") for own in parts), strict=True)]
     return Batch(
         ids,
-        mask,
         torch.tensor(wanted),
         torch.tensor(targets),
         torch.tensor(places, dtype=torch.long).reshape(-1, 2),
         tuple(stacked) if parts else None,
-        torch.tensor(taught),
-        torch.from_numpy(np.concatenate(teacher_ids).astype(np.int64)),
-        torch.from_numpy(np.concatenate(teacher_logs).astype(np.float32)),
+        torch.tensor(taught, dtype=torch.long),
+        torch.from_numpy(np.concatenate([tokens for tokens, _ in opinions]).astype(np.int64)),
+        torch.from_numpy(np.concatenate([logs for _, logs in opinions]).astype(np.float32)),
     )
 
 
@@ -361,7 +377,8 @@ class ReaderModule(lightning.LightningModule):
         if batch.vectors is not None and self.projection is not None:
             rows, columns = batch.vector_places.T
             embeds = embeds.index_put((rows, columns), self.projection(*batch.vectors).to(embeds.dtype))
-        states = model.base_model(inputs_embeds=embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state
+        # No mask: padding stands behind what is wanted, where nothing looks; attention is faster without one.
+        states = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         wanted = states[batch.wanted[:, 0], batch.wanted[:, 1]]
         return model.get_output_embeddings()(wanted).float()
 
@@ -369,10 +386,9 @@ class ReaderModule(lightning.LightningModule):
         """Likelihood of the targets, and nearness to the teacher where there is one."""
         logits = self.logits(batch)
         loss = nn.functional.cross_entropy(logits, batch.targets)
-        if self.config.distil and bool(batch.taught.any()):
-            logs = logits[batch.taught].log_softmax(-1).gather(1, batch.teacher_ids[batch.taught])
-            probabilities = batch.teacher_logs[batch.taught].exp()
-            loss = loss - self.config.distil * (probabilities * logs).sum(1).mean()
+        if self.config.distil and len(batch.taught):
+            logs = logits[batch.taught].log_softmax(-1).gather(1, batch.teacher_ids)
+            loss = loss - self.config.distil * (batch.teacher_logs.exp() * logs).sum(1).mean()
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -421,56 +437,58 @@ class _Clock(Callback):
 
 
 def fit_maps(
-    reader: Reader, model: LocalModel, encoder: Encoder, sets: Sequence[Examples], most: int = 4000, ridge: float = 1.0
+    reader: Reader, model: LocalModel, sets: Sequence[Examples], most: int = 4000, ridge: float = 1e-2
 ) -> float:
-    """Begin the projection where it is of use at once: a window becomes the mean of its words' token embeddings.
+    """Begin the projection where it is of use at once: a window becomes the sum of its words' token embeddings.
 
-    The linear map of every level is set to the ridge regression of these means, scaled to unit root mean square, on
-    reader vectors.
+    What all token embeddings of a model have in common is large, and says nothing; so a projected vector is their mean
+    plus the ridge regression, on reader vectors, of what the tokens of a window have beside it. That part is as large
+    as it is in a single token. Rare tokens weigh more (by their inverse document frequency).
 
     Args:
-        reader: whose maps are set.
+        reader: whose projection is set, all levels alike.
         model: whose token embeddings are aimed at.
-        encoder: whose tokens make up windows.
         sets: whose reader vectors are made.
         most: so many chunks are looked at, evenly spaced.
-        ridge: penalty, for each window.
+        ridge: penalty, as a share of the mean square of an input.
 
     Returns:
-        Mean cosine of what is predicted and what was aimed at.
+        Mean cosine of what is predicted and what was aimed at, the means taken off.
     """
     chosen = [(own, chunk) for own in sets for chunk in range(len(own.texts))]
     chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int))]
-    texts: list[str] = []
-    vectors = []
-    all_spans = encoder.token_spans([own.texts[chunk] for own, chunk in chosen])
-    for (own, chunk), spans in zip(chosen, all_spans, strict=True):
-        windows = own.windows_of(chunk)
-        for place, vector in enumerate(windows):
-            inside = spans[place * READER_WINDOW : (place + 1) * READER_WINDOW]
-            if inside:
-                texts.append(own.texts[chunk][inside[0][0] : inside[-1][1]])
-                vectors.append(vector)
-    if not vectors:
+    texts = [own.texts[chunk][begin:end] for own, chunk in chosen for begin, end in own.pieces[chunk]]
+    if not texts:
         return 0.0
     table = model.model.get_input_embeddings().weight.detach()
+    device, scale = table.device, embedding_scale(model.model)
+    given = torch.from_numpy(np.concatenate([own.windows_of(chunk) for own, chunk in chosen])).float().to(device)
+    given = nn.functional.normalize(given, dim=1) * given.shape[1] ** 0.5
+
     ids = model.encode_many(texts)
-    lengths = torch.tensor([len(own) for own in ids])
-    rows = torch.repeat_interleave(torch.arange(len(ids)), lengths)
-    flat = torch.tensor([number for own in ids for number in own])
-    sums = torch.zeros((len(ids), table.shape[1]), device=table.device)
+    rows = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor([len(own) for own in ids])).to(device)
+    flat = torch.tensor([number for own in ids for number in own], device=device)
+    seen = torch.bincount(torch.unique(rows * len(table) + flat) % len(table), minlength=len(table))
+    rarity = torch.log(len(ids) / seen.clamp(min=1))
+    common = table.float().mean(0)
+    wanted = torch.zeros((len(ids), table.shape[1]), device=device)
     for start in range(0, len(flat), 1 << 18):
-        part = slice(start, start + (1 << 18))
-        sums.index_add_(0, rows[part].to(table.device), table[flat[part].to(table.device)].float())
-    wanted = nn.functional.normalize(sums, dim=1) * table.shape[1] ** 0.5
-    given = nn.functional.normalize(torch.from_numpy(np.stack(vectors)).float().to(table.device), dim=1)
-    given = given * given.shape[1] ** 0.5
-    gram = given.T @ given + ridge * torch.eye(given.shape[1], device=given.device) * len(given) * 1e-3
-    fitted = torch.linalg.solve(gram, given.T @ wanted)
-    cosine = nn.functional.cosine_similarity(given @ fitted, wanted, dim=1).mean()
+        own = flat[start : start + (1 << 18)]
+        wanted.index_add_(0, rows[start : start + (1 << 18)], (table[own].float() - common) * rarity[own, None])
+
+    middle = given.mean(0)
+    inputs, wanted = given - middle, wanted - wanted.mean(0)
+    gram = inputs.T @ inputs
+    gram += torch.eye(len(gram), device=device) * gram.trace() / len(gram) * ridge
+    fitted = torch.linalg.solve(gram, inputs.T @ wanted)
+    predicted = inputs @ fitted
+    cosine = nn.functional.cosine_similarity(predicted, wanted, dim=1).mean()
+    deviation = (table.float() - common).pow(2).mean().sqrt()
+    fitted *= deviation / predicted.pow(2).mean().sqrt().clamp(min=1e-12) / scale
     with torch.no_grad():
         for linear in reader.projection.maps:
             linear.get_parameter("weight").copy_(fitted.T)
+        reader.projection.level.weight[:] = common / scale - middle @ fitted
     return float(cosine)
 
 
@@ -486,6 +504,7 @@ class ReaderTrainer:
         *,
         config: ReaderTraining | None = None,
         shape: Mapping[str, Any] | None = None,
+        start: Reader | None = None,
         device: str = "auto",
         progress: Progress = no_progress,
     ) -> None:
@@ -498,22 +517,36 @@ class ReaderTrainer:
             folder: gets the reader, and until the end checkpoints in `checkpoints`.
             config: how.
             shape: fields of `ReaderConfig`.
+            start: a reader that is gone on with, as far as it has learned to read; else one is made anew.
             device: `auto`, `cpu` or `cuda`.
             progress: told about seconds (or steps) of each stage.
 
         Raises:
-            InputError: a setting cannot be used.
+            InputError: a setting cannot be used, or the reader to start from is for another encoder or language model.
         """
+        self._options = accelerator(device)
         self.config = config or ReaderTraining()
+        if not self.config.batch_tokens:
+            tokens = GPU_TOKENS if self._options["accelerator"] == "gpu" else CPU_TOKENS
+            self.config = replace(self.config, batch_tokens=tokens)
         self.model, self.encoder, self.sets = model, encoder, list(sets)
         self.folder = Path(folder)
         self.progress = progress
-        self._options = accelerator(device)
         width = model.model.get_input_embeddings().weight.shape[1]
         made = ReaderConfig(encoder.info, model_id(model), model.name, width, **(shape or {}))
+        self._begun: tuple[How, ...] = ()
+        if start is not None:
+            start.check(encoder.info, model)
+            made = replace(made, rank=start.config.rank, hidden=start.config.hidden, levels=start.config.levels)
+            self._begun = start.config.reads
         torch.manual_seed(self.config.seed)
         self.reader = Reader(made, embedding_scale(model.model))
         self.peft_model = _with_adapters(model.model, made.rank)
+        if start is not None:
+            for name, folder_of in start.adapters.items():
+                self._set_adapter(name, folder_of)
+            if "vectors" in self._begun:
+                self.reader.projection.load_state_dict(start.projection.state_dict())
         self.data: ReaderData | None = None
         self.steps: dict[str, int] = {}
         """Steps of each stage of this run."""
@@ -534,16 +567,16 @@ class ReaderTrainer:
         self.data = ReaderData(self.model, self.sets, self.config, self.reader.config)
         if not self.data.questions and not self.data.chunks:
             raise InputError("there is nothing to train a reader on: no questions with answers and no texts")
-        if not {"reading", "answering"} & set(done):
+        if not {"reading", "answering"} & set(done) and "vectors" not in self._begun:
             self.progress("fitting the maps", 0, None)
-            self.fitted = fit_maps(self.reader, self.model, self.encoder, self.sets)
+            self.fitted = fit_maps(self.reader, self.model, self.sets)
         with quiet():
             for number, stage in enumerate(STAGES):
                 if stage in done or not (self.data.chunks if stage == "reading" else self.data.questions):
                     continue
                 if stage == "answering" and self.config.distil and "text" in done:
                     self._teach()
-                if stage == "reading" and "text" in done:
+                if stage == "reading" and "text" in done and "vectors" not in self._begun:
                     _copy_adapter(self.peft_model)  # whoever has learned to answer from text need not begin anew
                 self._stage(number, stage)
                 done.append(stage)
@@ -567,6 +600,7 @@ class ReaderTrainer:
             stream,
             batch_size=None,
             num_workers=workers,
+            pin_memory=bool(workers),
             prefetch_factor=4 if workers else None,
             worker_init_fn=_worker,
         )
@@ -582,7 +616,11 @@ class ReaderTrainer:
             default_root_dir=self.folder,
             **self._options,
         )
-        fit(trainer, module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+        from peft.helpers import disable_input_dtype_casting
+
+        # Mixed precision casts what it needs; peft would cast everything to float32 first.
+        with disable_input_dtype_casting(self.peft_model, active=self._options["accelerator"] == "gpu"):
+            fit(trainer, module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
         self.steps[stage] = trainer.global_step
 
     @torch.no_grad()
@@ -642,18 +680,24 @@ class ReaderTrainer:
             raise InputError(
                 f"{self.folder}: an interrupted run of other settings is there; give its settings, or remove the folder"
             )
-        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         try:
-            weights = {name: load_file(self.folder / name / "adapter_model.safetensors") for name in ADAPTERS}
+            for name in ADAPTERS:
+                self._set_adapter(name, self.folder / name)
             saved = load_file(self.folder / PROJECTION_FILE)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.folder}: the interrupted run there is damaged ({error}); remove it") from error
-        for name, own in weights.items():
-            set_peft_model_state_dict(self.peft_model, own, adapter_name=name)
         self.reader.projection.load_state_dict({key: value.float() for key, value in saved.items()})
         return list(state["done"])
+
+    def _set_adapter(self, name: str, folder: Path) -> None:
+        """Set an adapter to saved weights."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        weights = {key: value.float() for key, value in load_file(folder / "adapter_model.safetensors").items()}
+        set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
 
 
 def _with_adapters(model: Any, rank: int) -> Any:

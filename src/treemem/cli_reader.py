@@ -41,6 +41,9 @@ def train_reader(
     ] = None,
     save: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the reader.")] = Path("my.reader"),
     llm: Annotated[str, typer.Option(help="Language model: smollm2, a folder, or a transformers id.")] = "smollm2",
+    start: Annotated[
+        str, typer.Option(metavar="READER", help="Go on with this reader: default (where it fits), a folder, or none.")
+    ] = "default",
     minutes: Annotated[float, typer.Option(min=0.1, help="Train so long.")] = 25,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     judges: Annotated[int, typer.Option(min=1, help="At most so many held-out questions.")] = 200,
@@ -53,10 +56,11 @@ def train_reader(
     from treemem import Memory
     from treemem.evaluation.readers import answered, answered_questions, gate_table, judge
     from treemem.hierarchy.generate import LocalModel, load_language_model
-    from treemem.hierarchy.reader import HOW, ReadingModel, save_reader
+    from treemem.hierarchy.reader import DEFAULT_READER, HOW, NO_READER, ReadingModel, load_reader, save_reader
     from treemem.training.examples import Examples, gather_examples, text_examples
     from treemem.training.reader import ReaderTrainer, ReaderTraining
 
+    begun = None if start == NO_READER else load_reader(start)
     with progress_of(as_json) as progress:
         opened = Memory.open(memory, progress=progress)
         questions, held_out = ([], None) if dataset is None else answered_questions(str(dataset), progress)
@@ -79,7 +83,12 @@ def train_reader(
             return model
 
         config = ReaderTraining(minutes=minutes, seed=seed)
-        trainer = ReaderTrainer(loaded(), opened.encoder, sets, save, config=config, device=device, progress=progress)
+        model = loaded()
+        if begun is not None and start == DEFAULT_READER and not begun.fits(opened.encoder.info, model):
+            begun = None
+        trainer = ReaderTrainer(
+            model, opened.encoder, sets, save, config=config, start=begun, device=device, progress=progress
+        )
         reader = trainer.fit()
         gates = None
         if held_out is not None:
@@ -92,7 +101,7 @@ def train_reader(
         reader.card = {
             "summary": f"Trained for {minutes:g} minutes on {sum(len(own.rows) for own in sets):,} questions.",
             "data": {"memory": Path(memory).name, "chunks": sum(len(own.texts) for own in sets)},
-            "settings": asdict(config),
+            "settings": asdict(trainer.config),
             "figures": {} if gates is None else {name: asdict(own) for name, own in gates.figures.items()},
         }
         save_reader(reader, save)

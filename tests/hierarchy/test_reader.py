@@ -13,9 +13,10 @@ from tests.models import KINDS, tiny_model
 from treemem import Document, Memory
 from treemem.errors import InputError, ModelError
 from treemem.hierarchy.context import GatheredVectors, PassageText, gather_vectors, joined
-from treemem.hierarchy.embed import READER_VECTORS, READER_WINDOW, Encoder, EncoderInfo, load_encoder
+from treemem.hierarchy.embed import READER_LAYER, READER_VECTORS, READER_WINDOW, Encoder, EncoderInfo, load_encoder
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import (
+    READER_VERSION,
     Projection,
     Reader,
     ReaderConfig,
@@ -234,7 +235,7 @@ def test_what_is_no_reader_is_refused_in_one_line(tmp_path: Path, damage: str) -
         save_reader(made_reader(tiny_model(), EncoderInfo("e", 32, "w")), tmp_path)
     if damage == "version":
         path = tmp_path / "config.json"
-        path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+        path.write_text(path.read_text().replace(f'"version": {READER_VERSION}', '"version": 99'))
     elif damage != "nothing":
         (tmp_path / damage).write_text("nonsense")
     with pytest.raises(InputError, match=str(tmp_path)) as caught:
@@ -281,15 +282,27 @@ def test_a_reader_of_others_says_so(tmp_path: Path) -> None:
 # ---- reader vectors and gathering
 
 
-def test_reader_vectors_are_means_of_token_states(encoder: Encoder) -> None:
+def test_reader_vectors_are_means_of_the_first_layers_states(tmp_path: Path) -> None:
+    encoder = load_encoder(str(tiny_encoder_folder(tmp_path, layers=3)))
     texts = ["one two three", "", "word " * 40, "many words of a text " * 40]
-    vectors = encoder.reader_vectors(texts)
-    for text, own, states in zip(texts, vectors, encoder.token_states(texts), strict=True):
-        kept = states.states[: READER_WINDOW * READER_VECTORS]
-        expected = [kept[i : i + READER_WINDOW].mean(0) for i in range(0, len(kept), READER_WINDOW)]
-        assert len(own) == len(expected), text
-        if expected:
-            np.testing.assert_allclose(own, expected, atol=5e-3)
+    assert READER_LAYER == 1
+    for text, (vectors, spans) in zip(texts, encoder.reader_windows(texts), strict=True):
+        tokens = encoder.token_spans([text])[0][: min(encoder.longest, READER_WINDOW * READER_VECTORS)]
+        assert len(vectors) == len(spans) == -(-len(tokens) // READER_WINDOW), text
+        if not tokens:
+            continue
+        given = encoder.model.tokenizer(text, return_tensors="pt", truncation=True, max_length=encoder.longest + 2)
+        with torch.inference_mode():
+            states = encoder.model[0].auto_model(**given, output_hidden_states=True).hidden_states[1][0, 1:-1]
+        kept = torch.nn.functional.normalize(states.float(), dim=1).numpy()[: len(tokens)]
+        for i, (vector, span) in enumerate(zip(vectors, spans, strict=True)):
+            own = slice(i * READER_WINDOW, (i + 1) * READER_WINDOW)
+            np.testing.assert_allclose(vector, kept[own].mean(0), atol=5e-3)
+            assert span == (tokens[own][0][0], tokens[own][-1][1])
+    assert all(
+        np.array_equal(one, other)
+        for one, (other, _) in zip(encoder.reader_vectors(texts), encoder.reader_windows(texts), strict=True)
+    )
 
 
 def documents(secret: str) -> list[Document]:

@@ -149,12 +149,30 @@ def test_states_of_another_dimension_are_refused(encoder: Encoder, monkeypatch: 
 
     def wider(features: Any, precise: bool) -> dict[str, Any]:
         given = forward(features, precise)
-        return {**given, "token_embeddings": given["token_embeddings"].repeat(1, 1, 2)}
+        wide = tuple(states.repeat(1, 1, 2) for states in given["all_layer_embeddings"])
+        return {**given, "all_layer_embeddings": wide}
 
     monkeypatch.setattr(encoder, "_forward", wider)
     for encode in (encoder.encode_chunks, encoder.reader_vectors):
         with pytest.raises(ModelError, match="its token states have 64 dimensions"):
             encode(["A mill."])
+
+
+def test_a_model_that_tells_its_last_layer_alone_is_read_by_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(str(tiny_encoder_folder(tmp_path, layers=3)))
+    forward = encoder._forward
+    texts = ["a word of honey"]
+    first = encoder.reader_vectors(texts)[0]
+
+    def last(features: Any, precise: bool) -> dict[str, Any]:
+        return {name: own for name, own in forward(features, precise).items() if name != "all_layer_embeddings"}
+
+    monkeypatch.setattr(encoder, "_forward", last)
+    (vectors,) = encoder.reader_vectors(texts)
+    np.testing.assert_allclose(vectors[0], encoder.token_states(texts)[0].states.mean(0), atol=1e-5)
+    assert not np.allclose(vectors, first, atol=1e-4)
 
 
 def test_damage_is_found(tmp_path: Path, encoder: Encoder) -> None:

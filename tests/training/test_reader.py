@@ -137,15 +137,17 @@ def test_states_targets_and_teachers_stand_at_their_places(examples: Examples) -
     one, other = (data.question((0, row), "both") for row in (0, 1))
     one.teacher = (np.full((len(one.target), 4), 7), np.zeros((len(one.target), 4), np.float32))
     batch = collate([one, other], 4)
+    taught = torch.zeros(len(batch.targets), dtype=torch.bool)
+    taught[batch.taught] = True
     for row, own in enumerate((one, other)):
         rows = batch.wanted[:, 0] == row
         assert batch.targets[rows].tolist() == own.target
         places = batch.wanted[rows][:, 1]
         assert batch.ids[row, places + 1].tolist() == own.target  # a state predicts the token behind it
         assert batch.vector_places[batch.vector_places[:, 0] == row][:, 1].tolist() == list(own.prompt.vectors)
-        assert batch.taught[rows].tolist() == [row == 0] * len(own.target)
-    assert (batch.teacher_ids[batch.taught] == 7).all()
-    assert batch.mask.sum(1).tolist() == [len(own.prompt.ids) + len(own.target) for own in (one, other)]
+        assert taught[rows].tolist() == [row == 0] * len(own.target)
+    assert batch.teacher_ids.shape == (len(one.target), 4)
+    assert (batch.teacher_ids == 7).all()
     assert one.target[-1] == data.end
 
 
@@ -178,7 +180,7 @@ def test_every_task_can_be_drawn(encoder: Encoder, examples: Examples, task: str
 def test_maps_begin_at_the_words_of_windows(encoder: Encoder, examples: Examples) -> None:
     model = fresh()
     trainer = ReaderTrainer(model, encoder, [examples], Path("unused"), config=quick(), device="cpu")
-    cosine = fit_maps(trainer.reader, model, encoder, [examples], ridge=1e-3)
+    cosine = fit_maps(trainer.reader, model, [examples], ridge=1e-3)
     assert cosine > 0.9
     first, second = (linear.get_parameter("weight") for linear in list(trainer.reader.projection.maps)[:2])
     assert torch.equal(first, second)
@@ -257,6 +259,52 @@ def test_a_run_of_other_settings_is_not_continued(tmp_path: Path, encoder: Encod
     other = ReaderTrainer(fresh(), encoder, [examples], tmp_path, config=quick(seed=1), device="cpu")
     with pytest.raises(InputError, match="an interrupted run of other settings"):
         other.fit()
+
+
+def test_a_reader_is_gone_on_with(tmp_path: Path, encoder: Encoder, examples: Examples) -> None:
+    first = ReaderTrainer(fresh(), encoder, [examples], tmp_path / "first", config=quick(), device="cpu").fit()
+
+    def weights(trainer: ReaderTrainer) -> dict[str, torch.Tensor]:
+        adapters = {k: v for k, v in trainer.peft_model.named_parameters() if "lora_" in k}
+        return {k: v.detach().clone() for k, v in [*adapters.items(), *trainer.reader.projection.named_parameters()]}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: float, total: float | None) -> None:
+        if stage.startswith("stage answering"):
+            raise Stopped
+
+    def trainer(start: Any, folder: str, progress: Any = stop) -> ReaderTrainer:
+        options: dict[str, Any] = {"config": quick(rate=1e-9, projection_rate=1e-9), "device": "cpu"}
+        return ReaderTrainer(fresh(), encoder, [examples], tmp_path / folder, start=start, progress=progress, **options)
+
+    saved = weights_of(tmp_path / "first")
+    going_on = trainer(load_reader(tmp_path / "first"), "second")
+    before = weights(going_on)
+    for name, key in (("text", "lora_A.text"), ("vectors", "lora_A.vectors")):
+        held = {v.float().sum().item() for k, v in saved.items() if k.startswith(name) and "lora_A" in k}
+        assert held == {v.sum().item() for k, v in before.items() if key in k}
+    with pytest.raises(Stopped):
+        going_on.fit()  # nothing of what was learned is made anew at the beginning of a stage
+    after = weights(going_on)
+    assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+
+    text_alone = load_reader(tmp_path / "first")
+    assert text_alone is not None
+    text_alone.config = replace(text_alone.config, reads=("text",))
+    text_alone.adapters.pop("vectors")
+    fitted = trainer(text_alone, "third")
+    with pytest.raises(Stopped):
+        fitted.fit()
+    assert fitted.fitted > 0 == going_on.fitted
+    adapters = weights(fitted)
+    for name in (name for name in adapters if ".text." in name):  # who has learned to answer from text goes on from it
+        torch.testing.assert_close(adapters[name.replace(".text.", ".vectors.")], adapters[name], atol=1e-5, rtol=0)
+    other = replace(first.config, encoder=replace(first.config.encoder, weights="other"))
+    text_alone.config = other
+    with pytest.raises(InputError, match="reads embeddings of encoder"):
+        trainer(text_alone, "fourth")
 
 
 def test_nothing_of_the_machine_stays_in_a_reader(tmp_path: Path, encoder: Encoder, examples: Examples) -> None:
