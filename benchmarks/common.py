@@ -86,7 +86,8 @@ def _lines(path: str) -> list[str]:
 def _last_parts(value: Any) -> Any:
     if isinstance(value, list):
         return [_last_parts(own) for own in value]
-    return Path(value).name if isinstance(value, Path) else value
+    # A place may be given as text too, where a name is as good (`--reader default`).
+    return Path(value).name if isinstance(value, Path) or str(value).startswith("/") else value
 
 
 def save(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> None:

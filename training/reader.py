@@ -87,7 +87,7 @@ class ReaderTraining:
     """Of all stages together; what the preparation takes is not counted."""
     steps: int | None = None
     """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
-    shares: tuple[float, float, float] = (0.1, 0.5, 0.4)
+    shares: tuple[float, float, float] = (0.25, 0.4, 0.35)
     """Of the time, for `text`, `reading` and `answering`."""
     batch_tokens: int = 0
     """Most tokens in a batch, padding included; 0 for what suits the device (`CPU_TOKENS`, `GPU_TOKENS`)."""
