@@ -197,9 +197,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["one", "portions", "masks"])
     parser.add_argument("--most", type=int, default=1000, help="questions of a set")
     parser.add_argument("--scratch", type=Path, default=Path("editing"))
+    parser.add_argument("--name", default="editing", help="of the result")
     options = parser.parse_args()
     options.scratch.mkdir(exist_ok=True)
-    path = RESULTS / "editing.json"
+    path = RESULTS / f"{options.name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, Any] = {part: kept.get(part, {}) for part in ("one", "portions", "masks")}
     measure = {"one": one_document, "portions": portions, "masks": masks}
@@ -207,7 +208,7 @@ def main() -> None:
         for name in options.sets:
             found[part][name] = measure[part](options, name)
             print(part, name, json.dumps(found[part][name]), flush=True)
-            save("editing", found, options)
+            save(options.name, found, options)
     shutil.rmtree(options.scratch)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float16, Int32
 
 from treemem.storage.levels import Level, document_runs
 from treemem.storage.schema import ENDS, READER, REMOVED, chunk_arrays, document_arrays
-from treemem.storage.store import NewDocument, Store, write_documents, write_levels
-from treemem.storage.writer import Writer, together
+from treemem.storage.store import NewDocument, Store, document_parts, write_levels
+from treemem.storage.writer import Writer, all_of
 from treemem.types import Progress, no_progress
+
+ERASED_AT_ONCE = 1 << 24
+"""Bytes of text that are erased in one go."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,25 @@ class Change:
 def write_change(store: Store, change: Change, message: str, metadata: dict[str, object]) -> str:
     """Commit a change. Returns the new snapshot."""
     with store.transaction(message, metadata) as writer:
-        if change.removed:
-            _erase(writer, np.array(change.removed))
-        if change.added:
-            write_documents(writer, change.added, change.encodings, change.reader)
-        before = writer.array("documents/status")[:]
-        places = np.flatnonzero(before != change.status)
-        if len(places):
-            writer.put("documents/status", places, change.status[places])
         if change.tree.regrown is not None:
             write_levels(writer, change.tree.regrown, store.info().config.fanout)
-        together([c for n, level in enumerate(change.tree.levels, 2) for c in _level_writes(writer, n, level)])
+        status = np.concatenate([writer.array("documents/status")[:], np.zeros(len(change.added), np.uint8)])
+        places = np.flatnonzero(status != change.status)
+        erased = _erasures(writer, np.array(change.removed, np.int64)) if change.removed else iter(())
+        added = document_parts(writer, change.added, change.encodings, change.reader) if change.added else {}
+        levels = {f"levels/{number}": level for number, level in enumerate(change.tree.levels, 2)}
+
+        async def write_documents() -> None:
+            for gone in erased:
+                await all_of(_zero(writer, path, rows) for path, rows in gone.items())
+            await all_of(writer.appending(path, rows) for path, rows in added.items())
+            if len(places):
+                await writer.putting("documents/status", places, change.status[places])
+
+        writer.together(
+            [path for path in writer.digests if path.startswith(("documents/", "chunks/", "levels/"))],
+            lambda: [write_documents(), *chain.from_iterable(_writes(writer, *own) for own in levels.items())],
+        )
     return store.snapshot
 
 
@@ -103,41 +115,52 @@ def close_gaps(store: Store, writer: Writer, progress: Progress = no_progress) -
                 writer.append(path, store.read(path, begin, int(lasts[last - 1]))[rows])
 
 
-def _erase(writer: Writer, documents: np.ndarray) -> None:
-    """Put zeros in place of all that documents have; their numbers stay, so that no other's changes."""
-    for ends, arrays in {
+def _erasures(writer: Writer, documents: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Where what documents have stands in each array, some documents at a time.
+
+    Zeros take its place, so that no other document's numbers change.
+    """
+    arrays = {
         "documents/text_ends": ("documents/text",),
         "documents/record_ends": ("documents/records",),
         "documents/chunk_ends": ("chunks/spans", "chunks/encodings", *([READER] if READER in writer.digests else [])),
-    }.items():
-        lasts = np.asarray(writer.array(ends)[:])
-        begins = np.where(documents > 0, lasts[documents - 1], 0)
-        places = np.concatenate([np.arange(a, b) for a, b in zip(begins, lasts[documents], strict=True)])
-        for path in arrays:
-            _zero(writer, path, places)
-    _zero(writer, "documents/hashes", documents)
+    }
+    bounds = {}
+    for name in arrays:
+        ends = np.asarray(writer.array(name)[:])
+        bounds[name] = np.where(documents > 0, ends[documents - 1], 0), ends[documents]
+    lengths = np.subtract(*reversed(bounds["documents/text_ends"]))
+
+    def places(some: np.ndarray) -> dict[str, np.ndarray]:
+        out = {"documents/hashes": documents[some]}
+        for name, (begins, ends) in bounds.items():
+            rows = np.concatenate([np.arange(a, b) for a, b in zip(begins[some], ends[some], strict=True)])
+            out |= dict.fromkeys(arrays[name], rows)
+        return {path: rows for path, rows in out.items() if len(rows)}
+
+    cuts = np.flatnonzero(np.diff(np.cumsum(lengths) // ERASED_AT_ONCE)) + 1
+    return map(places, np.split(np.arange(len(documents)), cuts))
 
 
-def _zero(writer: Writer, path: str, places: np.ndarray) -> None:
-    if len(places):
-        array = writer.array(path)
-        writer.put(path, places, np.zeros((len(places), *array.shape[1:]), array.dtype))
+async def _zero(writer: Writer, path: str, places: np.ndarray) -> None:
+    array = writer.array(path)
+    zeros = np.broadcast_to(np.zeros((), array.dtype), (len(places), *array.shape[1:]))
+    await writer.putting(path, places, zeros)
 
 
-def _level_writes(writer: Writer, number: int, change: LevelChange) -> list[Callable[[], None]]:
-    """What writes a level's changes, one call for each of its arrays."""
-    paths = [f"levels/{number}/{part}" for part in ("children", "vectors")]
-    before, fanout = writer.array(paths[0]).shape
+def _writes(writer: Writer, name: str, change: LevelChange) -> list[Coroutine[Any, Any, None]]:
+    """What writes a level's changes, one for each of its arrays."""
+    before, fanout = writer.array(f"{name}/children").shape
     slots = np.full((len(change.nodes), fanout), -1, np.int32)
     for row, children in zip(slots, change.children, strict=True):
         row[: len(children)] = children
     old = change.nodes < before
 
-    def write(path: str, rows: np.ndarray) -> None:
+    async def write(path: str, rows: np.ndarray) -> None:
         if old.any():
-            writer.put(path, change.nodes[old], rows[old])
-        writer.append(path, rows[~old])
+            await writer.putting(path, change.nodes[old], rows[old])
+        await writer.appending(path, rows[~old])
         if change.size < before:
-            writer.truncate(path, change.size)
+            await writer.truncating(path, change.size)
 
-    return [partial(write, path, rows) for path, rows in zip(paths, (slots, change.vectors), strict=True)]
+    return [write(f"{name}/children", slots), write(f"{name}/vectors", change.vectors)]

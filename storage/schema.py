@@ -28,7 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import zarr
+import zstandard
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 HIERARCHY_PARTS = ("config", "weights")
@@ -42,6 +45,8 @@ ENDS = {"text_ends": "documents/text", "record_ends": "documents/records", "chun
 """Arrays of `documents` that say where each document ends in another array."""
 PRESENT, MASKED, REMOVED = range(3)
 """Values of `documents/status`."""
+_ZSTD_LEVEL = 3
+_CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,42 @@ def _rows(size: int, dimension: int) -> int:
 
 def create_array(root: zarr.Group, path: str, spec: ArraySpec, rows: int = 0) -> zarr.Array[Any]:
     """Make one array. Every storage chunk carries a checksum, so that damage is noticed when it is read."""
-    # Vectors do not compress; their chunks carry the checksum alone.
-    compressors = [Crc32cCodec()] if spec.dtype == "float16" else [ZstdCodec(level=3), Crc32cCodec()]
+    compressors = [ZstdCodec(level=_ZSTD_LEVEL)] if _compressed(spec.dtype) else []
     return root.create_array(
         path,
         shape=(rows, *spec.row),
         chunks=(spec.rows_per_chunk, *spec.row),
         dtype=spec.dtype,
-        compressors=compressors,
+        compressors=[*compressors, Crc32cCodec()],
         fill_value=0,
     )
+
+
+def _compressed(dtype: str) -> bool:
+    return dtype != "float16"  # vectors do not compress
+
+
+def encode_chunk(rows: np.ndarray) -> bytes | None:
+    """The bytes of a storage chunk, as zarr writes them in what `create_array` makes; None for one of zeros alone."""
+    data = rows.tobytes()
+    if data == bytes(len(data)):
+        return None
+    if _compressed(rows.dtype.name):
+        data = zstandard.compress(data, _ZSTD_LEVEL)
+    return data + google_crc32c.value(data).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The rows of a storage chunk.
+
+    Raises ValueError where they are not what was written.
+    """
+    data, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if google_crc32c.value(data) != int.from_bytes(checksum, "little"):
+        raise ValueError("a storage chunk is not what its checksum says")
+    if _compressed(dtype.name):
+        try:
+            data = zstandard.decompress(data)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"a storage chunk cannot be decompressed: {error}") from error
+    return np.frombuffer(data, dtype).reshape(shape).copy()

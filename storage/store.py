@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +48,7 @@ from treemem.storage.schema import (
     document_arrays,
     level_arrays,
 )
-from treemem.storage.writer import Writer, digest, together
+from treemem.storage.writer import Writer, digest
 from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
@@ -588,11 +587,22 @@ def write_documents(
         encodings: of the chunks.
         reader: their reader vectors, where the memory keeps them.
     """
+    parts = document_parts(writer, documents, encodings, reader)
+    writer.together(parts, lambda: (writer.appending(path, rows) for path, rows in parts.items()))
+
+
+def document_parts(
+    writer: Writer,
+    documents: Sequence[NewDocument],
+    encodings: Float[np.ndarray, "chunks d"],
+    reader: Float16[np.ndarray, "chunks windows d"] | None = None,
+) -> dict[str, np.ndarray]:
+    """What `write_documents` appends to each array, by path."""
     if (READER in writer.digests) != (reader is not None):
         raise AssertionError(f"reader vectors given: {reader is not None}, kept: {READER in writer.digests}")
     rows = document_rows(documents, {name: writer.array(of).shape[0] for name, of in ENDS.items()})
     hashes = b"".join(document_hash(new.document) for new in documents)
-    parts: dict[str, np.ndarray] = {
+    return {
         **{f"documents/{name}": rows[name] for name in ("text", "records", *ENDS)},
         "documents/hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 32),
         "documents/status": np.zeros(len(documents), np.uint8),
@@ -600,7 +610,6 @@ def write_documents(
         "chunks/encodings": encodings.astype(np.float16),
         **({} if reader is None else {READER: reader}),
     }
-    together([partial(writer.append, name, own) for name, own in parts.items()])
 
 
 def document_rows(documents: Sequence[NewDocument], before: Mapping[str, int]) -> dict[str, np.ndarray]:

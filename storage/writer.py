@@ -7,20 +7,23 @@ and put in anew when it changes. It is there to notice damage, not to withstand 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import zarr
+from zarr.api.asynchronous import open_array
+from zarr.buffer.cpu import Buffer, buffer_prototype
+from zarr.core.sync import sync
 
-from treemem.storage.schema import ArraySpec, create_array
+from treemem.storage.schema import ArraySpec, create_array, decode_chunk, encode_chunk
 
 Rows = np.ndarray
+T = TypeVar("T")
 _MODULUS = 1 << 256
-_THREADS = 8
-_AT_ONCE = 16  # storage chunks that are read or written together
+_AT_ONCE = 16  # storage chunks of an array that are read or written together
 
 
 class Writer:
@@ -41,13 +44,10 @@ class Writer:
     def create(self, path: str, spec: ArraySpec, rows: Rows | None = None) -> None:
         """Make an array, in place of one that is there, and fill it."""
         self.remove(path)
-        array = self._arrays[path] = create_array(self.root, path, spec, 0 if rows is None else len(rows))
-        total = 0
-        if rows is not None and len(rows):
-            rows = np.asarray(rows, array.dtype)
-            array[:] = rows
-            total = digest_of(array, lambda first, last: rows[first:last])
-        self.digests[path] = _told(total)
+        self._arrays[path] = create_array(self.root, path, spec)
+        self.digests[path] = _told(0)
+        if rows is not None:
+            self.append(path, rows)
 
     def remove(self, path: str) -> None:
         """Remove an array, if it is there."""
@@ -56,25 +56,41 @@ class Writer:
             self.digests.pop(path)
             self._arrays.pop(path, None)
 
+    def together(self, paths: Iterable[str], changes: Callable[[], Iterable[Awaitable[None]]]) -> None:
+        """Make several changes at once: most of their time they wait for the storage.
+
+        Args:
+            paths: the arrays that they are of.
+            changes: gives what is to be awaited, `appending`, `putting` or `truncating`.
+        """
+        missing = [path for path in paths if path not in self._arrays]
+
+        async def looked_up_and_changed() -> None:
+            found = await all_of(open_array(store=self.root.store_path, path=path, mode="r+") for path in missing)
+            self._arrays.update(zip(missing, map(zarr.Array, found), strict=True))
+            await all_of(changes())
+
+        sync(looked_up_and_changed())
+
     def append(self, path: str, rows: Rows) -> None:
         """Add rows at the end."""
+        self.together([path], lambda: [self.appending(path, rows)])
+
+    async def appending(self, path: str, rows: Rows) -> None:
+        """See `append`."""
         if len(rows) == 0:
             return
         array = self.array(path)
-        size = array.shape[0]
-        begin = size - size % array.chunks[0]
-        last = np.asarray(array[begin:size]) if begin < size else None
-        array.resize((size + len(rows), *array.shape[1:]))
-        # Whole storage chunks are written, so that none is read a second time for its first rows.
-        rows = np.asarray(rows, array.dtype)
-        rows = rows if last is None else np.concatenate([last, rows])
-        array[begin:] = rows
-        step, total = array.chunks[0], int(self.digests[path], 16)
-        if last is not None:
-            total -= _leaf(begin // step, last)
-        for place in range(0, len(rows), step):
-            total += _leaf((begin + place) // step, rows[place : place + step])
-        self.digests[path] = _told(total)
+        first, inside = divmod(array.shape[0], array.chunks[0])
+        rows, total = np.asarray(rows, array.dtype), int(self.digests[path], 16)
+        if inside:
+            last = (await _read(array, [first]))[0][:inside]
+            total -= _leaf(first, last)
+            rows = np.concatenate([last, rows])
+        step = array.chunks[0]
+        await array.async_array.resize((first * step + len(rows), *array.shape[1:]))
+        blocks = [(first + n, rows[begin : begin + step]) for n, begin in enumerate(range(0, len(rows), step))]
+        self.digests[path] = _told(total + await _write(array, blocks))
 
     def put(self, path: str, places: np.ndarray, rows: Rows) -> None:
         """Write rows anew.
@@ -84,50 +100,86 @@ class Writer:
             places: int [n], rising, each once, below the array's length.
             rows: [n, …].
         """
+        self.together([path], lambda: [self.putting(path, places, rows)])
+
+    async def putting(self, path: str, places: np.ndarray, rows: Rows) -> None:
+        """See `put`."""
         array = self.array(path)
         step, size, total = array.chunks[0], array.shape[0], int(self.digests[path], 16)
         rows = np.asarray(rows, array.dtype)
         chunks, starts = np.unique(places // step, return_index=True)
         ends = np.append(starts[1:], len(places))
         for first in range(0, len(chunks), _AT_ONCE):
-            own = chunks[first : first + _AT_ONCE]
-            wanted = np.concatenate([np.arange(c * step, min((c + 1) * step, size)) for c in own])
-            whole = np.asarray(array.oindex[wanted])
-            begin = 0
-            for i, chunk in enumerate(own, first):
-                block = whole[begin : begin + min(step, size - chunk * step)]
-                begin += len(block)
-                total -= _leaf(int(chunk), block)
+            own = chunks[first : first + _AT_ONCE].tolist()
+            blocks = []
+            for i, (chunk, whole) in enumerate(zip(own, await _read(array, own), strict=True), first):
+                block = whole[: size - chunk * step]
+                total -= _leaf(chunk, block)
                 block[places[starts[i] : ends[i]] - chunk * step] = rows[starts[i] : ends[i]]
-                total += _leaf(int(chunk), block)
-            array.oindex[wanted] = whole
+                blocks.append((chunk, block))
+            total += await _write(array, blocks)
         self.digests[path] = _told(total)
 
     def truncate(self, path: str, size: int) -> None:
         """Leave the first `size` rows alone."""
+        self.together([path], lambda: [self.truncating(path, size)])
+
+    async def truncating(self, path: str, size: int) -> None:
+        """See `truncate`."""
         array = self.array(path)
-        step, total = array.chunks[0], int(self.digests[path], 16)
-        begin = size - size % step
-        rest = np.asarray(array[begin:])
-        for place in range(0, len(rest), step):
-            total -= _leaf((begin + place) // step, rest[place : place + step])
-        array.resize((size, *array.shape[1:]))
-        if begin < size:
-            # What lies behind the end in the last storage chunk goes too.
-            array[begin:size] = rest[: size - begin]
-            total += _leaf(begin // step, rest[: size - begin])
+        step, before, total = array.chunks[0], array.shape[0], int(self.digests[path], 16)
+        first, inside = divmod(size, step)
+        last = np.empty(0)
+        for chunk in range(first, -(-before // step)):
+            block = (await _read(array, [chunk]))[0][: before - chunk * step]
+            total -= _leaf(chunk, block)
+            last = block if chunk == first else last
+        await array.async_array.resize((size, *array.shape[1:]))
+        if inside:  # what lies behind the end in the last storage chunk goes too
+            total += await _write(array, [(first, last[:inside])])
         self.digests[path] = _told(total)
 
 
-def together(calls: Sequence[Callable[[], object]]) -> None:
-    """Make calls that write different arrays at once: most of their time they wait for the storage."""
-    if len(calls) < 2:
-        for call in calls:
-            call()
-        return
-    with ThreadPoolExecutor(min(_THREADS, len(calls))) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
+async def all_of(awaited: Iterable[Awaitable[T]]) -> list[T]:
+    """What several give that are awaited at once; the first error is raised when all have come to their end."""
+    done = await asyncio.gather(*awaited, return_exceptions=True)
+    for own in done:
+        if isinstance(own, BaseException):
+            raise own
+    return cast(list[T], done)
+
+
+def _key(array: zarr.Array[Any], chunk: int) -> str:
+    key = array.metadata.encode_chunk_key((chunk, *(0 for _ in array.shape[1:])))
+    return f"{array.store_path.path}/{key}".lstrip("/")
+
+
+async def _read(array: zarr.Array[Any], chunks: Sequence[int]) -> list[np.ndarray]:
+    """Whole storage chunks, decoded here: what zarr does so that parts of one can be asked for takes longer than that.
+
+    Raises ValueError where one is not what was written.
+    """
+    store, shape = array.store_path.store, array.chunks
+    found = await all_of(store.get(_key(array, chunk), buffer_prototype) for chunk in chunks)
+    return [
+        np.zeros(shape, array.dtype) if own is None else decode_chunk(own.to_bytes(), shape, array.dtype)
+        for own in found
+    ]
+
+
+async def _write(array: zarr.Array[Any], blocks: Sequence[tuple[int, Rows]]) -> int:
+    """Write storage chunks, zeros behind the rows given; none is kept of zeros alone. Returns their digest."""
+    store, step = array.store_path.store, array.chunks[0]
+    for first in range(0, len(blocks), _AT_ONCE):
+        calls: list[Awaitable[None]] = []
+        for chunk, rows in blocks[first : first + _AT_ONCE]:
+            whole = np.zeros((step, *rows.shape[1:]), rows.dtype)
+            whole[: len(rows)] = rows
+            data = encode_chunk(whole)
+            key = _key(array, chunk)
+            calls.append(store.delete(key) if data is None else store.set(key, Buffer.from_bytes(data)))
+        await all_of(calls)
+    return sum(_leaf(chunk, rows) for chunk, rows in blocks)
 
 
 def digest_of(array: Any, read: Callable[[int, int], Rows] | None = None) -> int:

@@ -90,7 +90,7 @@ MOMENTS = {
     "while the repository is made": "icechunk:Repository.create_branch",
     "before the first commit": "icechunk:Session.commit",
     "when the repository is put in place": "treemem.storage.store:os.replace",
-    "in the middle of a batch": "treemem.storage.writer:Writer.append",
+    "in the middle of a batch": "treemem.storage.writer:_write",
     "before the vectors of level 1": "treemem.hierarchy.build:contextual_file",
     "while growing": "treemem.hierarchy.grow:_seat",
     "before the nodes are committed": "treemem.storage.store:Store.finish",

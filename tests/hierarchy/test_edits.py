@@ -20,6 +20,7 @@ from treemem.config import MODES, SearchConfig, TreeConfig
 from treemem.errors import DamagedMemory, InputError, OutOfSpace, StoreError, TreememError
 from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
+from treemem.storage import change as changes
 from treemem.storage import follow as following
 from treemem.storage.files import map_npy
 from treemem.storage.follow import VECTORS
@@ -132,6 +133,25 @@ def test_what_is_removed_is_gone_from_everything(memory: Memory) -> None:
     for own in gone:
         assert own.text.encode() not in text
         assert own.id.encode() not in memory.store.read("documents/records").tobytes()
+    sound(memory)
+
+
+def test_much_is_removed_a_part_at_a_time(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = max(len(own.text.encode()) for own in DOCUMENTS)
+    monkeypatch.setattr(changes, "ERASED_AT_ONCE", longest)
+    zero, parts = changes._zero, []
+
+    async def counted(writer: Any, path: str, places: np.ndarray) -> None:
+        parts.append((path, len(places)))
+        await zero(writer, path, places)
+
+    monkeypatch.setattr(changes, "_zero", counted)
+    memory.remove([own.id for own in DOCUMENTS[5:55]])
+    texts = [size for path, size in parts if path == "documents/text"]
+    assert sum(texts) == sum(len(own.text.encode()) for own in DOCUMENTS[5:55])
+    assert len(texts) > 10
+    assert max(texts) < 2 * longest
+    assert memory.ids() == [own.id for own in (*DOCUMENTS[:5], *DOCUMENTS[55:60])]
     sound(memory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treemem.storage.schema import ArraySpec
-from treemem.storage.writer import Writer, digest
+from treemem.storage.schema import ArraySpec, decode_chunk, encode_chunk
+from treemem.storage.writer import Writer, all_of, digest
 
 ROWS = st.integers(0, 12)
 
@@ -87,3 +88,64 @@ def test_removing_an_array() -> None:
     assert writer.digests == {}
     with pytest.raises(KeyError):
         root["a/b"]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float16", "uint8"])
+def test_chunks_are_those_that_zarr_writes_and_reads(dtype: str) -> None:
+    root: Any = zarr.create_group(zarr.storage.MemoryStore())
+    writer = Writer(root, {})
+    writer.create("ours", ArraySpec(dtype, (2,), 4))
+    writer.create("theirs", ArraySpec(dtype, (2,), 4))
+    rows = np.arange(14).reshape(7, 2).astype(dtype)
+    writer.append("ours", rows)
+    root["theirs"].resize((7, 2))
+    root["theirs"][:] = rows
+    assert np.array_equal(root["ours"][:], rows)
+    chunks = {
+        name: [root.store._store_dict[f"{name}/c/{i}/0"].to_bytes() for i in range(2)] for name in ("ours", "theirs")
+    }
+    assert [decode_chunk(own, (4, 2), rows.dtype).tolist() for own in chunks["theirs"]] == [
+        decode_chunk(own, (4, 2), rows.dtype).tolist() for own in chunks["ours"]
+    ]
+
+
+def test_a_chunk_of_zeros_is_not_kept() -> None:
+    root: Any = zarr.create_group(zarr.storage.MemoryStore())
+    writer = Writer(root, {})
+    writer.create("a", ArraySpec("int32", (), 2), np.array([1, 2, 0, 0, 5]))
+    assert "a/c/0" in root.store._store_dict
+    assert "a/c/1" not in root.store._store_dict
+    writer.put("a", np.array([0, 1, 2]), np.array([0, 0, 7]))
+    assert "a/c/0" not in root.store._store_dict
+    assert root["a"][:].tolist() == [0, 0, 7, 0, 5]
+    assert writer.digests["a"] == digest(root["a"])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float16"])
+def test_a_chunk_that_is_damaged_is_told(dtype: str) -> None:
+    data = encode_chunk(np.arange(8).astype(dtype))
+    assert data is not None
+    for place in range(len(data)):
+        broken = bytearray(data)
+        broken[place] ^= 1
+        with pytest.raises(ValueError, match="checksum"):
+            decode_chunk(bytes(broken), (8,), np.dtype(dtype))
+    for size in range(len(data)):
+        with pytest.raises(ValueError, match=r"checksum|decompressed|reshape|buffer"):
+            decode_chunk(data[:size], (8,), np.dtype(dtype))
+
+
+def test_the_first_error_is_raised_when_all_have_ended() -> None:
+    ended: list[str] = []
+
+    async def fails() -> None:
+        ended.append("failed")
+        raise OSError("the disk is full")
+
+    async def lasts() -> None:
+        await asyncio.sleep(0.05)
+        ended.append("lasted")
+
+    with pytest.raises(OSError, match="full"):
+        asyncio.run(all_of([fails(), lasts()]))
+    assert ended == ["failed", "lasted"]
