@@ -1,7 +1,7 @@
-"""A tree of any size without growing it: every vector is drawn around its parent. Made on a GPU in seconds.
+"""A tree of any size without growing it: every vector is drawn around its parent.
 
-What a walk costs depends on the tree's shape, not on whether its clusters were found or drawn. Quality does: none is
-reported of such trees.
+It takes a GPU seconds and a CPU minutes. What a walk costs depends on the tree's shape, not on whether its clusters
+were found or drawn. Quality does: none is reported of such trees.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def planted(chunks: int, dimension: int, seed: int, torch: Any, device: str) -> 
         near = NEAR[min(level, len(NEAR) - 1)] if level else 0.0
         if level:
             owners = np.minimum(np.arange(size) * sizes[level - 1] // size, sizes[level - 1] - 1)
-        vectors = torch.empty((size, dimension), device=device)
+        last = level == len(sizes) - 1
+        vectors = torch.empty((0 if last else size, dimension), device=device)
+        rows, scales = np.empty((size, dimension), np.int8), np.empty(size, np.float32)
         for start in range(0, size, BLOCK):
             own = torch.from_numpy(owners[start : start + BLOCK]).to(device)
             noise = torch.randn((len(own), dimension), generator=draw, device=device) / dimension**0.5
-            drawn = near * above[own] + (1 - near**2) ** 0.5 * noise
-            vectors[start : start + BLOCK] = torch.nn.functional.normalize(drawn, dim=1)
-        last = level == len(sizes) - 1
+            drawn = torch.nn.functional.normalize(near * above[own] + (1 - near**2) ** 0.5 * noise, dim=1)
+            if not last:
+                vectors[start : start + BLOCK] = drawn
+            rows[start : start + BLOCK], scales[start : start + BLOCK] = _quantised(drawn, torch)
         entries, parents = np.arange(size), owners
         if last:  # the second seat is with a node beside the first
             beside = np.minimum(owners ^ 1, sizes[level - 1] - 1)
@@ -62,17 +65,20 @@ def planted(chunks: int, dimension: int, seed: int, torch: Any, device: str) -> 
         order = np.argsort(parents, kind="stable")
         ids = entries[order].astype(np.int32)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(parents, minlength=max(1, len(above))))]).astype(np.int64)
-        levels.append(_blocks(vectors, ids, offsets, torch))
+        levels.append(_blocks(rows, scales, ids, offsets))
         above = vectors
     return ServingTree(tuple(levels), sizes)
 
 
-def _blocks(vectors: Any, ids: np.ndarray, offsets: np.ndarray, torch: Any) -> LevelBlocks:
-    """One level as the kernels read it: quantised as `treemem.kernels.reference.quantise` does."""
-    largest = vectors.abs().amax(1)
-    scales = (largest / 127).float()
-    rows = torch.round(vectors / scales[:, None]).clamp_(-127, 127).to(torch.int8).cpu().numpy()
-    held = scales.cpu().numpy()
+def _quantised(vectors: Any, torch: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scales, as `treemem.kernels.reference.quantise` makes them."""
+    scales = (vectors.abs().amax(1) / 127).float()
+    rows = torch.round(vectors / scales[:, None]).clamp_(-127, 127).to(torch.int8)
+    return rows.cpu().numpy(), scales.cpu().numpy()
+
+
+def _blocks(rows: np.ndarray, scales: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> LevelBlocks:
+    """One level as the kernels read it."""
     upper = np.empty((len(ids), 32 * -(-rows.shape[1] // 64)), np.uint8)
 
     def lay_out(start: int) -> None:
@@ -80,4 +86,4 @@ def _blocks(vectors: Any, ids: np.ndarray, offsets: np.ndarray, torch: Any) -> L
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(lay_out, range(0, len(ids), BLOCK)))
-    return LevelBlocks(rows, held, upper, held[ids], ids, offsets)
+    return LevelBlocks(rows, scales, upper, scales[ids], ids, offsets)

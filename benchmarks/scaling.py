@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, arguments, peak_gb, percentiles, save
+from planted import planted
 from synthetic import Mixture, fit
 
 from treemem import Memory
@@ -126,16 +127,56 @@ def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sour
     }
 
 
+def of_planted(count: int, seed: int) -> dict[str, Any]:
+    """What a walk costs in a tree that is drawn and not grown; questions are drawn around chunks."""
+    import torch
+
+    begin = time.perf_counter()
+    tree = planted(count, 384, seed, torch, "cpu")
+    print(f"{count}: {tree.sizes} drawn in {time.perf_counter() - begin:.0f} s", flush=True)
+    blocks, rng = tree.levels[-1], np.random.default_rng(seed)
+    near = rng.choice(count, QUESTIONS)
+    noise = unit(rng.normal(size=(QUESTIONS, tree.dimension)))
+    queries = unit(unit(blocks.rows[near] * blocks.scales[near, None]) + noise).astype(np.float32)
+    query_map = np.linalg.qr(rng.normal(size=(tree.dimension, tree.dimension)))[0].astype(np.float32)
+
+    def walk(number: int) -> None:
+        own = queries[number, None]
+        unit(own @ query_map)  # takes its time, but would lead a drawn tree's questions astray
+        cpu.search(tree, np.stack([own] * tree.depth)[:, :, None], BEAM, K)
+
+    seconds = times([walk], len(queries))[0]
+    scored = cpu.search(tree, np.stack([queries] * tree.depth)[:, :, None], BEAM, K).scored
+    size = sum(array.nbytes for level in tree.levels for array in vars(level).values())
+    return {
+        "levels": list(tree.sizes),
+        "questions": QUESTIONS,
+        "scored": round(float(scored.mean()), 1),
+        "gb": round(size / 1e9, 2),
+        **percentiles(seconds),
+    }
+
+
 def main() -> None:
     """Measure and save, one size after the other."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--set", default="wiki_multi", help="what the mixture is fitted to")
     parser.add_argument("--sizes", type=float, nargs="*", default=[1e4, 3e4, 1e5, 3e5, 1e6])
+    parser.add_argument(
+        "--planted", type=float, nargs="*", default=[], help="sizes of trees that are drawn: see planted.py"
+    )
     parser.add_argument("--words", type=float, default=1e6, help="largest size that is also searched with words")
     parser.add_argument("--scratch", type=Path, default=Path("scaling"))
     options = parser.parse_args()
     options.scratch.mkdir(exist_ok=True)
     os.environ[cpu.THREADS] = "1"
+    drawn: dict[str, Any] = {}
+    for count in map(int, options.planted):
+        drawn[str(count)] = of_planted(count, options.seed)
+        print(count, drawn[str(count)], flush=True)
+        save("scaling-planted", {"sizes": drawn}, options)
+    if not options.sizes:
+        return
     memory = Memory.open(options.memories / options.set)
     mixture, texts = fitted(options, memory)
     path = RESULTS / "scaling.json"

@@ -25,6 +25,8 @@ SEAT_BEAM = 32
 OFFERED = 2
 """How many nodes a chunk asks for each of its seats; the best is split where none has room."""
 WALKS_AT_ONCE = 1024
+SPLIT_AT_ONCE = 256
+"""Nodes whose children are scaled in one go."""
 _NOTHING = np.empty(0, np.int32)
 
 
@@ -278,26 +280,29 @@ class Editor:
 
     def _split(self, nodes: _Nodes, above: _Nodes | None, below: Callable[[np.ndarray], np.ndarray]) -> None:
         """Split every node that has too many children; the first part keeps its number."""
-        for node in nodes.changed:
-            children = nodes.children(node)
-            if len(children) <= self.config.fanout:
-                continue
-            parts = self._parts(children, below)
-            nodes.set_children(node, parts[0])
-            new = [nodes.add(part) for part in parts[1:]]
-            if above is not None:
-                parent = nodes.parent(node)
-                for other in new:
-                    nodes.set_parent(other, parent)
-                above.set_children(parent, np.concatenate([above.children(parent), new]))
+        full = [node for node in nodes.changed if len(nodes.children(node)) > self.config.fanout]
+        for start in range(0, len(full), SPLIT_AT_ONCE):
+            own = full[start : start + SPLIT_AT_ONCE]
+            children = [nodes.children(node) for node in own]
+            rows = self._scaled(below(np.concatenate(children)))
+            ends = np.cumsum([len(some) for some in children])
+            for node, some, vectors in zip(own, children, np.split(rows, ends[:-1]), strict=True):
+                parts = [some[seats] for seats in self._parts(vectors)]
+                nodes.set_children(node, parts[0])
+                new = [nodes.add(part) for part in parts[1:]]
+                if above is not None:
+                    parent = nodes.parent(node)
+                    for other in new:
+                        nodes.set_parent(other, parent)
+                    above.set_children(parent, np.concatenate([above.children(parent), new]))
 
-    def _parts(self, children: np.ndarray, below: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    def _parts(self, rows: Float32[np.ndarray, "children d"]) -> list[np.ndarray]:
+        """Which children go together, by their places among `rows`."""
         fanout = self.config.fanout
-        count = math.ceil(SLACK * len(children) / fanout)
-        room = min(fanout, math.ceil(SLACK * len(children) / count))
-        rows = self._scaled(below(children))
+        count = math.ceil(SLACK * len(rows) / fanout)
+        room = min(fanout, math.ceil(SLACK * len(rows) / count))
         taken = seats(rows, kmeans(rows, count, self._rng), room)
-        return [children[own[own >= 0]] for own in taken if (own >= 0).any()]
+        return [own[own >= 0] for own in taken if (own >= 0).any()]
 
     def _regrown(self) -> tuple[Level, ...]:
         """A tree over all chunks that are there."""

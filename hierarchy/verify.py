@@ -364,5 +364,5 @@ def _some_chunks(
     begins = np.where(documents > 0, ends[documents - 1], 0)
     counts = ends[documents] - begins
     rows = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-    vectors = contextual(store.rows("chunks/encodings", rows), np.cumsum(counts), alpha, gate)
-    return vectors[np.searchsorted(rows, chunks)]
+    encodings = store.rows("chunks/encodings", rows)
+    return contextual(encodings, np.cumsum(counts), alpha, gate, np.searchsorted(rows, chunks))

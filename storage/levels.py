@@ -130,7 +130,8 @@ def contextual(
     chunk_ends: Int64[np.ndarray, " documents"],
     alpha: float,
     gate: Gate | None = None,
-) -> Float16[np.ndarray, "chunks d"]:
+    rows: Int64[np.ndarray, " wanted"] | None = None,
+) -> Float16[np.ndarray, "wanted d"]:
     """Level-1 vectors of whole documents: `unit(encoding + alpha * unit(sum of the document's encodings))`.
 
     Args:
@@ -138,20 +139,22 @@ def contextual(
         chunk_ends: where each document's chunks end, counted from the first row of `encodings`.
         alpha: weight of the document.
         gate: what has been trained takes alpha's place.
+        rows: the chunks whose vectors are wanted, as rows of `encodings`; by default all of them.
     """
+    rows = np.arange(len(encodings)) if rows is None else rows
+    if len(rows) == 0:
+        return np.empty((0, encodings.shape[1]), np.float16)
     counts = np.diff(chunk_ends, prepend=0)
-    full = counts > 0
-    if not full.any():
-        return np.empty(encodings.shape, np.float16)
-    starts = (chunk_ends - counts)[full]
-    documents = np.repeat(unit(_sums(encodings, starts)), counts[full], axis=0)
-    vectors = encodings.astype(np.float64)
+    ends = chunk_ends[counts > 0]
+    starts = ends - counts[counts > 0]
+    of_row = np.searchsorted(ends, rows, side="right")
+    documents = unit(_sums(encodings, starts))[of_row]
+    vectors = encodings[rows].astype(np.float64)
     if gate is None:
         return unit(vectors + alpha * documents).astype(np.float16)
-    before, after = np.zeros_like(vectors), np.zeros_like(vectors)
-    before[1:], after[:-1] = vectors[:-1], vectors[1:]
-    before[starts] = 0
-    after[chunk_ends[full] - 1] = 0
+    first, last = rows == starts[of_row], rows == ends[of_row] - 1
+    before = np.where(first[:, None], np.float64(0), encodings[rows - 1])
+    after = np.where(last[:, None], np.float64(0), encodings[np.where(last, rows, rows + 1)])
     gates, residuals = gate(vectors, documents, before, after)
     return unit(vectors + gates[:, None] * documents + residuals).astype(np.float16)
 

@@ -20,6 +20,7 @@ import numpy as np
 import zarr
 import zarr.errors
 from jaxtyping import Float, Float16
+from zarr.core.sync import sync
 
 from treemem.config import FORMAT_VERSION, TreeConfig
 from treemem.errors import (
@@ -48,7 +49,7 @@ from treemem.storage.schema import (
     document_arrays,
     level_arrays,
 )
-from treemem.storage.writer import Writer, digest
+from treemem.storage.writer import Writer, digest, rows_of
 from treemem.types import Document, Progress, no_progress
 
 State = Literal["reading", "complete"]
@@ -207,6 +208,7 @@ class Store:
         self.repository = repository
         self.branch = branch
         self._snapshot = snapshot
+        self._opened: tuple[str, Any] | None = None  # the root of the snapshot that was read last
 
     # ---- opening
 
@@ -338,8 +340,12 @@ class Store:
             return self._snapshot or self.repository.lookup_branch(self.branch or MAIN)
 
     def _root(self, snapshot: str | None = None) -> Any:  # a zarr.Group; what it gives is typed as array or group
-        session = self.repository.readonly_session(snapshot_id=snapshot or self.snapshot)
-        return zarr.open_group(session.store, mode="r")
+        snapshot = snapshot or self.snapshot
+        opened = self._opened
+        if opened is None or opened[0] != snapshot:
+            session = self.repository.readonly_session(snapshot_id=snapshot)
+            opened = self._opened = (snapshot, zarr.open_group(session.store, mode="r"))
+        return opened[1]
 
     @contextmanager
     def transaction(self, message: str, metadata: dict[str, Any] | None = None) -> Iterator[Writer]:
@@ -428,7 +434,7 @@ class Store:
         """Some rows of an array, in any order."""
         array = self.array(name)
         with guard(self.path):
-            return np.asarray(array.oindex[places])
+            return np.asarray(sync(rows_of(array, places)))
 
     def blocks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """An array in runs of `rows` rows."""

@@ -167,6 +167,25 @@ async def _read(array: zarr.Array[Any], chunks: Sequence[int]) -> list[np.ndarra
     ]
 
 
+async def rows_of(array: zarr.Array[Any], places: np.ndarray) -> np.ndarray:
+    """Some rows of an array, in any order, from whole storage chunks of which `_AT_ONCE` are held at a time.
+
+    Raises ValueError where a storage chunk is not what was written, or there is no such row.
+    """
+    outside = places[(places < 0) | (places >= array.shape[0])]
+    if len(outside):
+        raise ValueError(f"{array.path} has {array.shape[0]} rows: there is none of number {outside[0]}")
+    out = np.empty((len(places), *array.shape[1:]), array.dtype)
+    order = np.argsort(places, kind="stable")
+    chunks, starts = np.unique(places[order] // array.chunks[0], return_index=True)
+    own = np.split(order, starts[1:])
+    for first in range(0, len(chunks), _AT_ONCE):
+        some = chunks[first : first + _AT_ONCE].tolist()
+        for block, at in zip(await _read(array, some), own[first:], strict=False):
+            out[at] = block[places[at] % array.chunks[0]]
+    return out
+
+
 async def _write(array: zarr.Array[Any], blocks: Sequence[tuple[int, Rows]]) -> int:
     """Write storage chunks, zeros behind the rows given; none is kept of zeros alone. Returns their digest."""
     store, step = array.store_path.store, array.chunks[0]

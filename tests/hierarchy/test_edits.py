@@ -620,6 +620,7 @@ class Edits(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.path = Path(self.folder()) / "m"  # type: ignore[attr-defined]
+        self.branch = "main"
         self.memory = built(self.path, DOCUMENTS[:12], replace(CONFIG, fanout=4))
         self.model = {own.id: own for own in DOCUMENTS[:12]}
         self.masked: set[str] = set()
@@ -627,6 +628,10 @@ class Edits(RuleBasedStateMachine):
 
     def committed(self) -> None:
         self.states[self.memory.store.snapshot] = (dict(self.model), set(self.masked))
+
+    def went_to(self, snapshot: str) -> None:
+        model, masked = self.states[snapshot]
+        self.model, self.masked = dict(model), set(masked)
 
     @rule(numbers=st.sets(st.integers(0, 39), min_size=1, max_size=8), different=st.booleans())
     def add(self, numbers: set[int], different: bool) -> None:
@@ -659,10 +664,18 @@ class Edits(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def roll_back(self, data: st.DataObject) -> None:
-        to = data.draw(st.sampled_from(sorted(own.id for own in self.memory.history())))
+        history = [own.id for own in self.memory.history()]
+        to = history[data.draw(st.integers(0, len(history) - 1))]  # ids are random, and so would be their order
         self.memory.rollback(to)
-        model, masked = self.states[to]
-        self.model, self.masked = dict(model), set(masked)
+        self.went_to(to)
+
+    @rule(name=st.sampled_from(["main", "one", "two"]))
+    def go_on_with_a_branch(self, name: str) -> None:
+        if name not in self.memory.branches():
+            self.memory.branch(name)
+        self.branch = name
+        self.memory = Memory.open(self.path, at=name, encoder=ENCODER)
+        self.went_to(self.memory.store.snapshot)
 
     @rule()
     def compact(self) -> None:
@@ -673,7 +686,7 @@ class Edits(RuleBasedStateMachine):
     def reopen(self, without_image: bool) -> None:
         if without_image:
             shutil.rmtree(self.path / "cache")
-        self.memory = Memory.open(self.path, encoder=ENCODER)
+        self.memory = Memory.open(self.path, at=self.branch, encoder=ENCODER)
 
     @invariant()
     def holds_the_documents(self) -> None:

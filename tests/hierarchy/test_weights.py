@@ -232,6 +232,8 @@ def test_vectors_do_not_depend_on_what_is_computed_beside_them() -> None:
     together = contextual(encodings, ends, 0.25, weights.context)
     alone = [contextual(encodings[a : a + 4], np.array([4]), 0.25, weights.context) for a in range(0, 400, 4)]
     assert together.tobytes() == np.concatenate(alone).tobytes()
+    some = np.flatnonzero(rng.random(400) < 0.3)
+    assert contextual(encodings, ends, 0.25, weights.context, some).tobytes() == together[some].tobytes()
     offsets, children = np.arange(0, 401, 8), np.arange(400, dtype=np.int32)
     nodes = node_vectors(together, offsets, children, weights.residuals[2])
     for node in (0, 17, 49):

@@ -57,6 +57,8 @@ def test_the_same_bits_however_documents_are_split_into_runs(counts: list[int], 
         pieces.append(contextual(encodings[begin : int(ends[last - 1])], ends[first:last] - begin, 0.25))
     joined = np.concatenate(pieces) if pieces else encodings
     assert joined.tobytes() == whole.tobytes()
+    some = np.arange(len(whole))[:: 1 + rows % 4]
+    assert contextual(encodings, ends, 0.25, rows=some).tobytes() == whole[some].tobytes()
 
 
 @given(counts=st.lists(st.integers(0, 60), max_size=30), rows=st.integers(1, 50))

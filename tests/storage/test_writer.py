@@ -10,9 +10,10 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.core.sync import sync
 
 from treemem.storage.schema import ArraySpec, decode_chunk, encode_chunk
-from treemem.storage.writer import Writer, all_of, digest
+from treemem.storage.writer import Writer, all_of, digest, rows_of
 
 ROWS = st.integers(0, 12)
 
@@ -48,9 +49,28 @@ def test_any_sequence_of_writes(data: st.DataObject, row: tuple[int, ...], step:
             model = model[:size].copy()
         assert np.array_equal(np.asarray(root["a"][:]), model)
         assert writer.digests["a"] == digest(root["a"])
+    if len(model):
+        places = np.array(data.draw(st.lists(st.integers(0, len(model) - 1), max_size=20)), np.int64)
+        assert np.array_equal(sync(rows_of(root["a"], places)), model[places])
     fresh = Writer(zarr.create_group(zarr.storage.MemoryStore()), {})
     fresh.create("a", ArraySpec(dtype, row, step), model)
     assert fresh.digests == writer.digests  # the digest knows nothing of how it came about
+
+
+def test_many_rows_are_read_a_few_storage_chunks_at_a_time() -> None:
+    root: Any = zarr.create_group(zarr.storage.MemoryStore())
+    rows = np.arange(3 * 100).reshape(100, 3)
+    Writer(root, {}).create("a", ArraySpec("int64", (3,), 2), rows)
+    places = np.random.default_rng(0).permutation(100)
+    assert np.array_equal(sync(rows_of(root["a"], places)), rows[places])
+
+
+@pytest.mark.parametrize("place", [-1, 5, 100])
+def test_rows_that_there_are_not(place: int) -> None:
+    root: Any = zarr.create_group(zarr.storage.MemoryStore())
+    Writer(root, {}).create("a", ArraySpec("int64", (), 4), np.arange(5))
+    with pytest.raises(ValueError, match=f"a has 5 rows: there is none of number {place}"):
+        sync(rows_of(root["a"], np.array([2, place])))
 
 
 def test_the_digest_sees_values_places_types_and_lengths() -> None:
