@@ -256,7 +256,7 @@ def _serve() -> None:
             from treemem.hierarchy.embed import load_encoder
 
             loaded = load_encoder()
-        if job.call and not warm:
+        if (job.call or job.arguments) and not warm:
             _warm()
             warm = True
         child = os.fork()
