@@ -19,6 +19,7 @@ from treemem.kernels import back_end
 from treemem.storage.change import LevelChange, TreeChange
 from treemem.storage.image import Image
 from treemem.storage.levels import Level, Residual, as_float32, node_vectors, unit
+from treemem.storage.schema import REMOVED
 
 SEAT_BEAM = 32
 """How many nodes of each level a walk keeps that looks for a chunk's seats."""
@@ -39,7 +40,7 @@ class _Nodes:
         self._below = image.names(level - 1) if level > 2 else None
         self._above = image.names(level + 1) if level < image.tree.depth else None
         self._blocks = image.tree.levels[image.tree.depth - level + 1]
-        self._parents = image.tree.parents[image.tree.depth - level]
+        self._parents = image.tree.node_parents[image.tree.depth - level]
         self._vectors = image.node_vectors(level)
         self.size = self.before = len(self._places)
         self._children: dict[int, np.ndarray] = {}
@@ -175,9 +176,7 @@ class Editor:
         self._residuals = residuals or {}
         self._rng = np.random.default_rng(config.seed)
         self._levels = [_Nodes(image, level) for level in range(2, image.tree.depth + 1)]
-        alive = np.zeros(len(image.spans), bool)
-        alive[image.tree.live[-1]] = True
-        self._alive = alive
+        self._alive = np.repeat(image.status != REMOVED, np.diff(image.chunk_ends, prepend=0))
 
     def remove(self, chunks: Int[np.ndarray, " n"]) -> None:
         """Take chunks out of their nodes."""

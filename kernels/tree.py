@@ -69,6 +69,11 @@ class ServingTree:
         return tuple(ids for ids, _ in self._live)
 
     @cached_property
+    def live_nodes(self) -> tuple[NDArray[np.int32], ...]:
+        """`live` of the levels above the chunks, which is found much sooner."""
+        return tuple(ids for ids, _ in self._live_nodes)
+
+    @cached_property
     def owners(self) -> tuple[NDArray[np.int32], ...]:
         """The parent through which each of `live` stands in the tree."""
         return tuple(above for _, above in self._live)
@@ -76,21 +81,25 @@ class ServingTree:
     @cached_property
     def parents(self) -> tuple[NDArray[np.int32], ...]:
         """Of each level's elements the parent, the first of several; -1 at the top and where there is none."""
-        out = []
-        for level, ((ids, owners), size) in enumerate(zip(self._live, self.sizes, strict=True)):
-            own = np.full(size, -1, np.int32)
-            if level:
-                # Of several values for one place NumPy keeps the last, so they are written backwards.
-                own[ids[::-1]] = owners[::-1]
-            out.append(own)
-        return tuple(out)
+        return (*self.node_parents, _parents(self._live[-1], self.sizes[-1], top=self.depth == 1))
+
+    @cached_property
+    def node_parents(self) -> tuple[NDArray[np.int32], ...]:
+        """`parents` of the levels above the chunks."""
+        live = zip(self._live_nodes, self.sizes, strict=False)
+        return tuple(_parents(own, size, top=level == 0) for level, (own, size) in enumerate(live))
 
     @cached_property
     def _live(self) -> tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]:
         """Of each level the elements that stand in the tree, and the parent of each."""
-        out = [_below(self.levels[0], np.zeros(1, np.int32))]
-        for blocks in self.levels[1:]:
-            out.append(_below(blocks, out[-1][0]))
+        above = self._live_nodes[-1][0] if self._live_nodes else np.zeros(1, np.int32)
+        return (*self._live_nodes, _below(self.levels[-1], above))
+
+    @cached_property
+    def _live_nodes(self) -> tuple[tuple[NDArray[np.int32], NDArray[np.int32]], ...]:
+        out: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+        for blocks in self.levels[:-1]:
+            out.append(_below(blocks, out[-1][0] if out else np.zeros(1, np.int32)))
         return tuple(out)
 
     def check(self) -> None:
@@ -243,6 +252,16 @@ def _below(blocks: LevelBlocks, above: NDArray[np.int32]) -> tuple[NDArray[np.in
     counts = blocks.offsets[above + 1] - starts
     shifts = np.repeat(starts - np.cumsum(counts) + counts, counts)
     return np.asarray(blocks.ids[shifts + np.arange(len(shifts))]), np.repeat(above, counts)
+
+
+def _parents(live: tuple[NDArray[np.int32], NDArray[np.int32]], size: int, *, top: bool) -> NDArray[np.int32]:
+    """The parent of each of `size` elements, from those that stand in the tree and the parent of each."""
+    out = np.full(size, -1, np.int32)
+    if not top:
+        ids, owners = live
+        # Of several values for one place NumPy keeps the last, so they are written backwards.
+        out[ids[::-1]] = owners[::-1]
+    return out
 
 
 def _damaged(what: str) -> DamagedMemory:

@@ -404,7 +404,7 @@ class Image:
     @cached_property
     def _places(self) -> tuple[np.ndarray, ...]:
         out = []
-        for names, live in zip(self._names, self.tree.live, strict=False):
+        for names, live in zip(self._names, self.tree.live_nodes, strict=True):
             if not np.array_equal(np.sort(names[live]), np.arange(len(live))):
                 raise self._damaged(ValueError("numbers of nodes are missing"))
             places = np.empty(len(live), np.int32)
@@ -419,7 +419,7 @@ class Image:
     @property
     def sizes(self) -> tuple[int, ...]:
         """How many elements of each level stand in the tree, top first, the chunks last."""
-        return (*(len(live) for live in self.tree.live[:-1]), self.chunks)
+        return (*(len(live) for live in self.tree.live_nodes), self.chunks)
 
     @cached_property
     def _factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
