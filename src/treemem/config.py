@@ -84,8 +84,8 @@ class SearchConfig:
     """lambda: what the best BM25 score of a query is worth beside a cosine; None: what was learned, 0.4 untrained."""
     lexical: Lexical = "index"
     """Where `hybrid` and `deep` look for words. `index`: the walk goes by vectors, and the best chunks of an inverted
-    index of all chunks are added; `signatures`: on the way down, among the words below each node, in a third of the
-    time; a large memory wants a wider `beam` then, such as 48."""
+    index of all chunks are added; `signatures`: on the way down, among the words below each node, in a quarter of the
+    time or less."""
     bm25_candidates: int = 256
     """How many chunks of the inverted index are candidates, where it is asked."""
     decoder: bool = True
