@@ -548,7 +548,10 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
             file.write(json.dumps({"id": str(i), "text": f"Bees dance in hive number {i}. " * 20}) + "\n")
     command = [sys.executable, "-m", "treemem", "build", str(tmp_path / "m"), str(tmp_path / "many.jsonl")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in a shell's background ignore it
+    )  # fmt: skip
     assert process.stderr is not None
     assert process.stderr.readline().startswith("encoding")
     time.sleep(1)
