@@ -365,7 +365,7 @@ def retrain(
         StoreError: another process writes this memory.
         OutOfSpace: the disk is full; the memory is as it was, or its image is made when it is opened next.
     """
-    info = store.info()
+    info, hierarchy = store.info(), hierarchy.rounded()  # vectors are of the weights that are stored
     with alone(store.path), guard(store.path, ()), work_folder(store.path, "growing-") as scratch:
         below = contextual_file(store, info.config.alpha, scratch / "level-1", progress, hierarchy.context, encodings)
         first, vectors = below, []

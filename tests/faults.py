@@ -45,6 +45,7 @@ EDITS: dict[str, Callable[[Memory], object]] = {
     "mask": lambda memory: memory.mask([DOCUMENTS[n].id for n in (1, 2)]),
     "compact": lambda memory: memory.compact(),
     "forget": lambda memory: memory.forget([SECRET.id]),
+    "train": lambda memory: trained(memory),
 }
 
 MOMENTS = {
@@ -58,6 +59,8 @@ MOMENTS = {
     "when gaps are closed": ("compact", "treemem.storage.writer:Writer.append", 4),
     "when the new tree is not written yet": ("compact", "treemem.hierarchy.edits:write_levels", 1),
     "before the image of the new tree": ("compact", "treemem.hierarchy.edits:build_image", 1),
+    "when a trained tree is half written": ("train", "treemem.storage.writer:Writer.put", 2),
+    "before the image of the trained tree": ("train", "treemem.hierarchy.build:build_image", 1),
     "when a branch has forgotten and the other has not": ("forget", "treemem.hierarchy.edits:write_change", 2),
     "before the older snapshots are": ("forget", "icechunk:Repository.expire_snapshots", 1),
     "before their bytes are": ("forget", "icechunk:Repository.garbage_collect", 1),
@@ -114,6 +117,22 @@ def look(path: str, output: str) -> None:
         tell("edited", lambda: _go_on(memory))
         tell("tip", lambda: memory.store.snapshot)
     Path(output).write_text(json.dumps(told))
+
+
+def trained(memory: Memory) -> None:
+    """What training does to a memory at its end: a hierarchy, here a random one, takes the place of the one before."""
+    import torch
+
+    from treemem.hierarchy.build import retrain
+    from treemem.hierarchy.weights import Hierarchy, HierarchyConfig
+
+    torch.manual_seed(0)
+    config = HierarchyConfig(FakeEncoder().info, gate_width=16, ranker_width=16, encoder_width=16)
+    hierarchy = Hierarchy(config).eval()
+    for name, parameter in hierarchy.named_parameters():
+        if ".outwards." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    retrain(memory.store, hierarchy, "trained")
 
 
 def hold(path: str, seconds: str) -> None:

@@ -60,7 +60,7 @@ def counted(rounds: int, trial: Callable[[int], str]) -> Counter[str]:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_chosen_moment(trials: Trials, moment: str) -> None:
     edit, function, _ = MOMENTS[moment]
-    before_the_commit = function.endswith((":Session.commit", "Writer.append", ":write_levels")) or (
+    before_the_commit = function.endswith((":Session.commit", "Writer.append", "Writer.put", ":write_levels")) or (
         function.endswith(":write_change")  # of the branch that this memory is at, after the other one
     )
     assert trials.kill_at(moment) == ("old" if before_the_commit else "new"), edit
