@@ -83,7 +83,8 @@ def main() -> None:
         questions = load_set(options.data / name, split=split)
         most = options.max_queries
         report = evaluate(memory, questions, MODES, within_document=inside, max_queries=most, seed=options.seed)
-        runs[key] = report.to_json() | {"memory": name}
+        runs[key] = report.to_json()
+        runs[key]["memory"] = runs[key]["settings"]["memory"] = name  # not its place on this machine
         # Level 0 encodes 32 chunks a query, so it is measured on fewer, beside hybrid on the same.
         most = min(most or DEEP_QUERIES, DEEP_QUERIES)
         deep = evaluate(

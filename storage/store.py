@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -383,7 +384,7 @@ class Store:
         with guard(self.path, _METADATA_DAMAGE):
             snapshot = self.snapshot
             root = self._root(snapshot)
-            attributes = root.attrs.asdict()
+            attributes = deepcopy(root.attrs.asdict())  # the root is kept, and what is given away may be changed
             if attributes["digests"]["attributes"] != _attributes_digest(attributes):
                 raise self.damaged("the memory's settings")
             levels = [root["chunks/spans"].shape[0]]

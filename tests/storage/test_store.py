@@ -430,6 +430,14 @@ def test_verify_names_the_array(tmp_path: Path, finished: Path) -> None:
         store.info()
 
 
+def test_what_info_gives_may_be_changed(finished: Path) -> None:
+    store = Store.open(finished)
+    before = store.info()
+    store.info().encoder["name"] = "another"
+    assert store.info() == before
+    assert before.encoder["name"] != "another"
+
+
 def test_a_missing_array_is_named(tmp_path: Path, finished: Path) -> None:
     shutil.copytree(finished, tmp_path / "m")
     store = Store.open(tmp_path / "m")
