@@ -28,7 +28,15 @@ from treemem.storage.image import Image, build_image, image_folder, replace_fold
 from treemem.storage.levels import Gate, Spread, contextual
 from treemem.storage.schema import MASKED, PRESENT, REMOVED
 from treemem.storage.signatures import Outgrown
-from treemem.storage.store import NewDocument, Store, document_hash, guard, write_levels, write_spread
+from treemem.storage.store import (
+    IMAGE_DAMAGE,
+    NewDocument,
+    Store,
+    document_hash,
+    guard,
+    write_levels,
+    write_spread,
+)
 from treemem.types import Document, Progress, no_progress
 
 
@@ -182,7 +190,7 @@ def apply(
         followed = False
         if tree.regrown is None:
             # Where the older image turns out to be damaged the new one is made from the store.
-            with suppress(Outgrown, DamagedMemory), guard(store.path):  # tantivy tells a full disk by a ValueError
+            with suppress(Outgrown, DamagedMemory), guard(store.path, IMAGE_DAMAGE):  # a full disk may be a ValueError
                 follow(folder, image, change, snapshot)
                 replace_folder(folder, cache / snapshot)
                 followed = True

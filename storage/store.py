@@ -63,6 +63,8 @@ _NO_SPACE = ("no space left", "os error 28", "quota exceeded")
 _NO_PERMISSION = ("permission denied", "read-only file system", "operation not permitted")
 _DAMAGE = (icechunk.IcechunkError, ValueError, RuntimeError, EOFError)
 """What icechunk, zarr and the codecs raise over data that they cannot read."""
+IMAGE_DAMAGE = (*_DAMAGE, IndexError)
+"""… and what NumPy raises where a number in a serving image leads nowhere."""
 _METADATA_DAMAGE = (*_DAMAGE, KeyError, TypeError, AttributeError, IndexError)
 """… and while they make sense of metadata."""
 _PANIC = "RustPanic"

@@ -611,6 +611,20 @@ def test_the_first_edit_makes_the_vectors_that_later_ones_use(memory: Memory) ->
     assert memory.image.rows[VECTORS] == len(memory.image.spans)
 
 
+def test_an_image_whose_words_lead_nowhere_is_made_anew(memory: Memory) -> None:
+    """What an edit finds of a damage, its checks when it is opened do not: they read no words."""
+    memory.add(DOCUMENTS[60:61])
+    assert memory.image.tree.depth > 2
+    assert not memory.image.fresh
+    path = memory.image.folder / "level-2-words-terms.npy"
+    terms = np.load(path, mmap_mode="r+")
+    terms[:] = np.iinfo(np.int32).min
+    terms.flush()
+    memory.add(DOCUMENTS[61:62])
+    assert memory.image.fresh
+    sound(memory)
+
+
 # ---- any sequence of edits
 
 
