@@ -55,6 +55,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--name", default="asking", help="of the result")
     options = parser.parse_args()
     model = load_language_model("smollm2", decoding=Decoding())
     assert isinstance(model, LocalModel)
@@ -75,7 +76,8 @@ def main() -> None:
             for name, values in results.items()
         }
         print(rows, flush=True)
-    save("asking", {"model": model.name, "rows": rows}, options)
+    device = torch.cuda.get_device_name() if model.model.device.type == "cuda" else "cpu"
+    save(options.name, {"model": model.name, "device": device, "rows": rows}, options)
 
 
 if __name__ == "__main__":

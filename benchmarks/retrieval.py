@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from common import RESULTS, arguments, hits, save
 
@@ -36,6 +35,8 @@ DEEP_QUERIES = 400
 
 def plain_peers(memory: Memory, questions: EvalSet) -> dict[str, dict[str, float]]:
     """Exact search and HNSW (M = 32, efSearch = 64) over plain chunk vectors, without the document's part."""
+    import faiss
+
     vectors = as_float32(memory.store.read("chunks/encodings"))
     queries = np.stack([embedded.vectors[0] for embedded in memory.searcher.embed([q.text for q in questions.queries])])
     flat = faiss.IndexFlatIP(vectors.shape[1])
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", help="only these sets")
     parser.add_argument("--development", action="store_true", help="the development splits, for choosing")
     parser.add_argument("--max-queries", type=int)
+    parser.add_argument("--no-peers", action="store_true", help="keep the figures of other libraries as they are")
     options = parser.parse_args()
     result = "retrieval-development" if options.development else "retrieval"
     path = RESULTS / f"{result}.json"
@@ -81,6 +83,7 @@ def main() -> None:
         key = f"{name} {split or 'all'}" + (", within the document" if inside else "")
         memory = Memory.open(place)
         questions = load_set(options.data / name, split=split)
+        peers = runs.get(key, {}).get("peers")
         most = options.max_queries
         report = evaluate(memory, questions, MODES, within_document=inside, max_queries=most, seed=options.seed)
         runs[key] = report.to_json()
@@ -91,8 +94,10 @@ def main() -> None:
             memory, questions, ("hybrid", "deep"), within_document=inside, max_queries=most, seed=options.seed
         )
         runs[key]["deep"] = {"queries": deep.to_json()["queries"], "modes": deep.to_json()["modes"]}
-        if name == "medquad":
-            runs[key]["peers"] = plain_peers(memory, questions)
+        if name == "medquad" and not options.no_peers:
+            peers = plain_peers(memory, questions)
+        if peers is not None:
+            runs[key]["peers"] = peers
         save(result, {"runs": runs}, options)
         print(summary({"runs": {key: runs[key]}}), flush=True)
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, arguments, save
 
 from treemem import Memory
@@ -61,6 +62,11 @@ def row(name: str, run: dict[str, Any]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def device() -> str:
+    """What encodes and trains."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def timed(name: str, options: Any) -> None:
     """How long a set's memory is trained, level 0 left out, as `treemem train MEMORY --dataset DIR` does."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,9 +77,10 @@ def timed(name: str, options: Any) -> None:
         retrain(Memory.open(copy).store, default, "default weights")
         memory = Memory.open(copy)
         questions, held_out = training_questions(options.data / name)
-        report = train_memory(memory, questions, held_out=held_out, config=TrainConfig(seed=options.seed)).to_json()
+        config = TrainConfig(seed=options.seed, tune_encoder=options.tune)
+        report = train_memory(memory, questions, held_out=held_out, config=config).to_json()
     told = {key: report[key] for key in ("questions", "held_out", "adopted", "before", "after", "seconds")}
-    save("training-time", {"set": name, "chunks": memory.image.chunks, **told}, options)
+    save(options.name, {"set": name, "chunks": memory.image.chunks, "device": device(), **told}, options)
     print(f"{name}: {report['seconds']:.0f} s")
 
 
@@ -85,6 +92,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--deep-queries", type=int, default=400, help="how many questions level 0 is judged by")
     parser.add_argument("--time", metavar="SET", help="only time the training of this set's memory")
+    parser.add_argument("--tune", default="none", choices=("none", "lora", "full"), help="… and fine-tune encoder 1")
+    parser.add_argument("--name", default="training-time", help="of the result of --time")
     options = parser.parse_args()
     if options.time:
         return timed(options.time, options)
@@ -119,6 +128,7 @@ def main() -> None:
         del told["memory"], told["logs"]
         runs[name] = {
             "split": split,
+            "device": device(),
             "training": told,
             "untrained": untrained,
             "packaged": packaged,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -222,11 +223,21 @@ def _encode(
     """Cut, encode and commit documents, batch by batch."""
     done = store.info().chunks
     progress("encoding", done, None)
-    for batch in _batches(documents, encoder, config):
+    batches = _batches(documents, encoder, config)
+    for batch in _ahead(batches) if encoder.on_gpu else batches:
         texts = [new.document.text[a:b] for new in batch for a, b in new.spans]
         told = partial(_after, progress, done)
         store.append(batch, *encode_chunks(texts, encoder, told, reader_vectors=store.keeps_reader_vectors))
         done += len(texts)
+
+
+def _ahead(batches: Iterator[list[NewDocument]]) -> Iterator[list[NewDocument]]:
+    """The same, the next one made by a thread meanwhile: cutting takes longer than encoding on a GPU."""
+    with ThreadPoolExecutor(1, "cutting") as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 def _after(progress: Progress, before: int, stage: str, done: float, total: float | None) -> None:

@@ -187,14 +187,14 @@ def apply(
         change = Change(tuple(added), encodings, vectors, tuple(sorted(removed)), tree, status, reader)
         snapshot = write_change(store, change, message, metadata)
         committed = time.perf_counter()
-        followed = False
+        made: Image | None = None
         if tree.regrown is None:
             # Where the older image turns out to be damaged the new one is made from the store.
             with suppress(Outgrown, DamagedMemory), guard(store.path, IMAGE_DAMAGE):  # a full disk may be a ValueError
                 follow(folder, image, change, snapshot)
                 replace_folder(folder, cache / snapshot)
-                followed = True
-    made = Image(cache / snapshot if followed else write_image(store, config, progress))
+                made = Image(cache / snapshot)
+    made = made or Image(write_image(store, config, progress))
     return made, {"commit": committed - begin, "image": time.perf_counter() - committed}
 
 
@@ -208,7 +208,7 @@ def level_1(
 ) -> np.ndarray:
     """Level-1 vectors of all chunks: the image's own, or computed into `folder`, where its successor takes them."""
     if VECTORS in image.rows:
-        return map_npy(image.folder / f"{VECTORS}.npy", image.rows[VECTORS])
+        return image.node_vectors(1)
     scratch = folder / "level-1"
     vectors = contextual_file(store, config.alpha, scratch, progress, gate)
     save_npy(folder / f"{VECTORS}.npy", np.asarray(vectors))

@@ -248,11 +248,16 @@ class Encoder:
         """Arithmetic of chunk vectors on this machine: `bfloat16` or `float32`."""
         import torch
 
-        if self.model.device.type == "cuda":
+        if self.on_gpu:
             return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
         capabilities = torch.cpu.get_capabilities()
         fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
         return "bfloat16" if fast else "float32"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU, so that the CPU is free meanwhile."""
+        return self.model.device.type == "cuda"
 
     def token_spans(self, texts: list[str]) -> list[list[Span]]:
         """Character spans of the tokens of each text, special tokens left out."""

@@ -259,7 +259,15 @@ def _differ(made: np.ndarray, stored: np.ndarray, *, exact: bool) -> np.ndarray:
 def _image(
     found: Verification, store: Store, image: Image, chunks: np.ndarray, levels: list[Level], progress: Progress
 ) -> None:
-    progress("checking the serving image", 0, None)
+    try:
+        changed = image.changed_files(progress=progress)
+    except OSError as error:
+        changed = [str(error)]
+    if changed:
+        found._fault(
+            f"{image.folder}: the serving image is damaged ({', '.join(changed)}); delete the folder, it is made again"
+        )
+        return  # what is compared below could not be relied on
     if image.snapshot != store.snapshot:
         found._fault("the serving image is of another snapshot")
         return

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import tokenize
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +83,25 @@ def read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-def append_npy(path: Path, array: np.ndarray) -> None:
-    """Append rows to an array's file, whose header stays as it is: `map_npy` is told how many there are."""
+def append_npy(path: Path, array: np.ndarray) -> np.ndarray:
+    """Append rows to an array's file, whose header stays as it is: `map_npy` is told how many there are.
+
+    Returns the bytes that were written.
+    """
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     with path.open("ab") as file:
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(data.data)
+    return data
+
+
+def checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first bytes of a file. That of a file that was appended to goes on from it (`zlib.crc32`)."""
+    sum_ = 0
+    with path.open("rb") as file:
+        while size and (block := file.read(min(size, 1 << 22))):
+            sum_ = zlib.crc32(block, sum_)
+            size -= len(block)
+    return sum_
 
 
 @contextmanager

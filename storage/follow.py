@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -33,15 +34,19 @@ VECTORS = "level-1-vectors"
 class _Arrays:
     """The arrays of an image that is being made: linked, then appended to."""
 
-    def __init__(self, folder: Path, rows: dict[str, int]) -> None:
+    def __init__(self, folder: Path, rows: dict[str, int], sums: dict[str, int]) -> None:
         self.folder = folder
         self.rows = rows
+        self.sums = sums
         self._headers: dict[str, tuple[np.dtype, tuple[int, ...], int]] = {}
 
     def append(self, name: str, array: np.ndarray) -> None:
         if len(array):
-            append_npy(self._path(name), array.astype(self._header(name)[0], copy=False))
+            path = self._path(name)
+            data = append_npy(path, array.astype(self._header(name)[0], copy=False))
             self.rows[name] += len(array)
+            if path.name in self.sums:
+                self.sums[path.name] = zlib.crc32(data.data, self.sums[path.name])
 
     def read(self, name: str) -> np.ndarray:
         dtype, row, begin = self._header(name)
@@ -68,8 +73,7 @@ def follow(folder: Path, image: Image, change: Change, snapshot: str) -> None:
         change: what was committed; no tree that was grown anew.
         snapshot: the new one.
     """
-    arrays = _Arrays(folder, image.rows)
-    share(image, folder)
+    arrays = _Arrays(folder, image.rows, share(image, folder))
     if VECTORS not in arrays.rows and (folder / f"{VECTORS}.npy").exists():
         arrays.rows[VECTORS] = len(image.spans)
     save_npy(folder / "status.npy", change.status)
@@ -81,19 +85,25 @@ def follow(folder: Path, image: Image, change: Change, snapshot: str) -> None:
         "snapshot": snapshot, "sizes": sizes, "language": image.language, "chunks": chunks, "words": words,
         "fresh": False,
     }  # fmt: skip
-    describe(folder, fields, arrays.rows)
+    describe(folder, fields, arrays.rows, arrays.sums)
 
 
-def share(image: Image, folder: Path) -> None:
-    """Link the files of an image into a folder; what another edit has appended to is copied as far as it is ours."""
-    for name, size in image.files.items():
+def share(image: Image, folder: Path) -> dict[str, int]:
+    """Link the files of an image into a folder; what another edit has appended to is copied as far as it is ours.
+
+    Returns their checksums.
+    """
+    sums = {}
+    for name, (size, sum_) in image.files.items():
         source, target = image.folder / name, folder / name
         if name in ("image.json", "status.npy") or target.exists():
             continue
         target.parent.mkdir(exist_ok=True)
         if source.parent.name == "bm25" and (source.suffix in (".json", ".lock") or source.name.startswith(".")):
             shutil.copy(source, target)  # tantivy writes these anew
-        elif source.stat().st_size == size and _linked(source, target):
+            continue
+        sums[name] = sum_
+        if source.stat().st_size == size and _linked(source, target):
             continue
         else:
             with source.open("rb") as file, target.open("wb") as copy:
@@ -101,6 +111,7 @@ def share(image: Image, folder: Path) -> None:
                 while left and (block := file.read(min(left, 1 << 24))):
                     copy.write(block)
                     left -= len(block)
+    return sums
 
 
 def _linked(source: Path, target: Path) -> bool:

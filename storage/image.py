@@ -24,7 +24,7 @@ import numpy as np
 from treemem.errors import DamagedMemory, StoreError
 from treemem.kernels import LevelBlocks, ServingTree, back_end, quantise, upper_halves
 from treemem.kernels.tree import upper_bytes
-from treemem.storage.files import map_npy, save_npy, work_folder, write_npy
+from treemem.storage.files import checksum, map_npy, save_npy, work_folder, write_npy
 from treemem.storage.levels import CLUSTERING_POWER, Level, as_float32
 from treemem.storage.lexical import Lexical, build_lexical
 from treemem.storage.schema import PRESENT, REMOVED
@@ -32,7 +32,10 @@ from treemem.storage.signatures import read_signatures, write_signatures
 from treemem.storage.store import Store, guard
 from treemem.types import Document, DocumentRef, Progress, Span, no_progress
 
-IMAGE_VERSION = 5
+IMAGE_VERSION = 6
+CHECKED_BYTES = 32 << 20
+"""So much of an image is compared with its checksums whenever it is opened, small files first, and all of it by
+`verify`: 10 ms, in which memories of some 20,000 chunks are compared whole, of larger ones the tree's shape."""
 ROWS = 16_384
 _COPIED = {
     "text": "documents/text",
@@ -115,16 +118,21 @@ def build_image(store: Store, vectors: np.ndarray, progress: Progress = no_progr
     return target
 
 
-def describe(folder: Path, fields: dict[str, Any], rows: dict[str, int]) -> None:
+def describe(folder: Path, fields: dict[str, Any], rows: dict[str, int], sums: Mapping[str, int] | None = None) -> None:
     """Write what an image says of itself, last of all.
 
     Args:
         folder: holds its other files.
         fields: beside version, files and rows.
         rows: how many rows of each array are its own.
+        sums: checksums of files, as far as they are known.
     """
     own = {name: count for name, count in rows.items() if name not in (*OWN, *FIXED)}
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            name, size = str(file.relative_to(folder)), file.stat().st_size
+            files[name] = size, sums[name] if sums and name in sums else checksum(file, size)
     description = {"image": IMAGE_VERSION, **fields, "rows": own, "files": files}
     (folder / "image.json").write_text(json.dumps(description, indent=1))
 
@@ -298,8 +306,11 @@ def _check_description(description: Any) -> None:
         raise ValueError("another version" if isinstance(description, dict) else "image.json holds something else")
     if any(not isinstance(description.get(f), t) for f, t in fields.items()):
         raise ValueError("image.json holds something else")
-    numbers = [*description["sizes"], *description["files"].values(), *description["rows"].values()]
-    numbers += [description["chunks"], description["words"]]
+    numbers = [*description["sizes"], *description["rows"].values(), description["chunks"], description["words"]]
+    for own in description["files"].values():
+        if not isinstance(own, list) or len(own) != 2:
+            raise ValueError("image.json holds something else")
+        numbers += own
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or not description["sizes"]:
         raise ValueError("image.json holds sizes that are none")
 
@@ -321,13 +332,15 @@ class Image:
             description = json.loads((folder / "image.json").read_text("utf-8"))
             _check_description(description)
             self._rows: dict[str, int] = description["rows"]
-            self.files: dict[str, int] = description["files"]
-            """The size of each file; what is appended to for a later snapshot lies behind it."""
+            self.files: dict[str, tuple[int, int]] = {name: (a, b) for name, (a, b) in description["files"].items()}
+            """Size and checksum of each file; what is appended to for a later snapshot lies behind it."""
             self.language: str = description["language"]
-            for name, size in self.files.items():
+            for name, (size, _) in self.files.items():
                 found = (folder / name).stat().st_size
                 if found < size or (found > size and Path(name).stem not in self._rows):
                     raise ValueError(f"{name} has another size")
+            if changed := self.changed_files(CHECKED_BYTES):
+                raise ValueError(f"{changed[0]} is not what was written")
             self.snapshot: str = description["snapshot"]
             self.chunks: int = description["chunks"]
             """How many chunks the documents have that are there."""
@@ -376,6 +389,26 @@ class Image:
     def _load(self, name: str) -> Any:
         return map_npy(self.folder / f"{name}.npy", self._rows.get(name))
 
+    def changed_files(self, most: int | None = None, progress: Progress = no_progress) -> list[str]:
+        """Names of the files that do not have their checksums.
+
+        Args:
+            most: only so many bytes are read, of the smallest files; by default all.
+            progress: told about megabytes.
+
+        Raises OSError where a file cannot be read.
+        """
+        done, total = 0, sum(size for size, _ in self.files.values())
+        changed = []
+        for name, (size, sum_) in sorted(self.files.items(), key=lambda item: item[1]):
+            if most is not None and done + size > most:
+                break
+            progress("checking the serving image", done >> 20, total >> 20)
+            if checksum(self.folder / name, size) != sum_:
+                changed.append(name)
+            done += size
+        return changed
+
     @property
     def rows(self) -> dict[str, int]:
         """How many rows of each array are its own."""
@@ -413,8 +446,14 @@ class Image:
         return tuple(out)
 
     def node_vectors(self, level: int) -> np.ndarray:
-        """The vectors of the nodes of a level, float16, by their places in the tree."""
-        return np.asarray(self._load(f"level-{level}-vectors"))
+        """The vectors of the nodes of a level, float16, by their places in the tree; of level 1 where edits left them.
+
+        Raises DamagedMemory where their file cannot be read.
+        """
+        try:
+            return np.asarray(self._load(f"level-{level}-vectors"))
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -252,7 +252,7 @@ class Lexical:
         self._hash = _Hashes(10_000)
         self._schema = _schema()
         self._links = _links_where_read_only(folder / "bm25")
-        with _panics_as_damage(folder):
+        with _as_damage(folder):
             place = self._links.name if self._links else str(folder / "bm25")
             inverted = tantivy.Index(self._schema, place, reuse=True)
             inverted.register_tokenizer("treemem", self._analyzer)
@@ -340,7 +340,7 @@ class Lexical:
         asked = min(k + 32, self.index.size)
         # Until all that equal the k-th are there: which of them tantivy gives first depends on its files.
         while True:
-            with _panics_as_damage(self._folder):
+            with _as_damage(self._folder):
                 found = self._searcher.search(Query.boolean_query(clauses), asked, count=False).hits
                 numbers = self._searcher.fast_field_values("chunk", [at for _, at in found])
             known = [own for own in numbers if isinstance(own, int) and 0 <= own < self.index.size]
@@ -361,12 +361,13 @@ class Lexical:
 
 
 @contextmanager
-def _panics_as_damage(folder: Path) -> Iterator[None]:
-    """tantivy meets some damaged files with a panic, which is no ordinary exception; its class cannot be imported."""
+def _as_damage(folder: Path) -> Iterator[None]:
+    """tantivy meets damaged files with ValueError or a panic, which is no ordinary exception; its class cannot be
+    imported."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise _damaged(folder) from error
 

@@ -47,6 +47,10 @@ class FakeEncoder(Encoder):
     def precision(self) -> str:  # type: ignore[override]
         return "float32"
 
+    @property
+    def on_gpu(self) -> bool:
+        return False
+
     def token_spans(self, texts: list[str]) -> list[list[Span]]:
         return [[match.span() for match in _TOKEN.finditer(text)] for text in texts]
 

@@ -467,6 +467,24 @@ def test_a_book_does_not_keep_others_from_being_committed(
     assert Store.open(tmp_path / "m").info().documents == 3
 
 
+def test_cutting_ahead_gives_the_same_memory(
+    tmp_path: Path, encoder: FakeEncoder, small_commits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "one", documents(12), encoder, CONFIG)
+    monkeypatch.setattr(FakeEncoder, "on_gpu", True)
+    build(tmp_path / "other", documents(12), encoder, CONFIG)
+    assert_same(tmp_path / "one", tmp_path / "other")
+
+    def failing() -> Iterator[Document]:
+        yield from documents(12)[:6]
+        raise Stop
+
+    with pytest.raises(Stop):  # of the thread that reads them
+        build(tmp_path / "third", failing(), encoder, CONFIG)
+    build(tmp_path / "third", documents(12), encoder, CONFIG)
+    assert_same(tmp_path / "one", tmp_path / "third")
+
+
 # ---- what lies at the path
 
 

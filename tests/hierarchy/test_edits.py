@@ -22,6 +22,7 @@ from treemem.hierarchy import edits
 from treemem.hierarchy.memory import Memory
 from treemem.storage import change as changes
 from treemem.storage import follow as following
+from treemem.storage import image as image_module
 from treemem.storage.files import map_npy
 from treemem.storage.follow import VECTORS
 from treemem.storage.image import Image
@@ -249,20 +250,24 @@ def test_verify_sees_a_flipped_bit_of_the_image(memory: Memory, name: str) -> No
     assert any("serving image" in fault for fault in memory.verify().faults)
 
 
-def test_flipped_bits_of_the_image_are_right_answers_or_named_errors(memory: Memory) -> None:
-    """Values have no checksums there, so an answer may differ; what may not happen is an error of another kind."""
+def test_flipped_bits_of_the_image_are_noticed(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At opening, or, where the image is too large for it, by `verify`; what meets them before has named errors."""
     memory.add(DOCUMENTS[60:62])
     memory.remove([memory.ids()[3]])
     folder, generator = memory.image.folder, np.random.default_rng(0)
     files = sorted(folder.glob("*.npy"))
     kept = {file: file.read_bytes() for file in files}
-    named = 0
+    most, named = image_module.CHECKED_BYTES, 0
     for _ in range(40):
         file = files[generator.integers(len(files))]
         data = bytearray(kept[file])
         data[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
         file.unlink()  # not the file that the open memory has mapped
         file.write_bytes(data)
+        monkeypatch.setattr(image_module, "CHECKED_BYTES", most)
+        with pytest.raises(DamagedMemory, match=f"{file.name} is not what was written"):
+            Image(folder)
+        monkeypatch.setattr(image_module, "CHECKED_BYTES", 0)
         try:
             image = Image(folder)
             other = Memory(memory.store, image, memory.store.info(), lambda: ENCODER)
@@ -271,7 +276,7 @@ def test_flipped_bits_of_the_image_are_right_answers_or_named_errors(memory: Mem
                     assert hit.document.id
             for own in other.ids():
                 other.document(own)
-            other.verify()
+            assert any(file.name in fault for fault in other.verify().faults)
         except TreememError:  # also of an id that is no more that of its hash
             named += 1
         file.unlink()
@@ -280,8 +285,9 @@ def test_flipped_bits_of_the_image_are_right_answers_or_named_errors(memory: Mem
 
 
 @pytest.mark.parametrize("bit", [19, 30, 31])
-def test_words_that_are_damaged_are_made_anew(memory: Memory, bit: int) -> None:
+def test_words_that_are_damaged_are_made_anew(memory: Memory, bit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A length that is too large or negative is noticed at once, a lesser one when its document leaves."""
+    monkeypatch.setattr("treemem.storage.image.CHECKED_BYTES", 0)  # as of an image that is too large for it
     rows = memory.image.rows["words-lengths"]
     path = memory.image.folder / "words-lengths.npy"
     data = bytearray(path.read_bytes())
