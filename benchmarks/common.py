@@ -8,8 +8,10 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ from treemem import Memory
 from treemem.evaluation import load_set
 from treemem.evaluation.dataset import EvalQuery
 from treemem.evaluation.metrics import hit_at_k, right_chunks
+from treemem.hierarchy.build import retrain
 from treemem.hierarchy.walk import EmbeddedQuery, Searcher
+from treemem.hierarchy.weights import load_hierarchy
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -120,21 +124,35 @@ class Asked:
     embedded: list[EmbeddedQuery]
 
 
-def asked(options: argparse.Namespace, sets: Sequence[tuple[str, str]]) -> Iterator[Asked]:
+def asked(options: argparse.Namespace, sets: Sequence[tuple[str, str]], *, packaged: bool = False) -> Iterator[Asked]:
     """The chosen sets whose memories are there, one after the other.
 
     Args:
         options: with `sets` (None for all), `most` (questions of a set), and those that every benchmark has.
         sets: names and splits.
+        packaged: whether copies of them are searched, with the weights that new memories get.
     """
     for name, split in sets:
         place = options.memories / name
         if not place.exists() or (options.sets and name not in options.sets):
             continue
-        memory = Memory.open(place)
-        searcher = Searcher(memory.image, memory.encoder, memory.config.chunk_tokens, memory.config.language)
-        queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
-        yield Asked(name, split, memory, searcher, queries, searcher.embed([query.text for query in queries]))
+        with tempfile.TemporaryDirectory() as scratch:
+            if packaged:
+                place = Path(shutil.copytree(place, Path(scratch) / name))
+                default = load_hierarchy("default")
+                assert default is not None
+                retrain(Memory.open(place).store, default, "default weights")
+            memory = Memory.open(place)
+            config = memory.config
+            searcher = Searcher(
+                memory.image,
+                memory.encoder,
+                config.chunk_tokens,
+                config.language,
+                memory.hierarchy if packaged else None,
+            )
+            queries = load_set(options.data / name, split=split).sample(options.most, options.seed).queries
+            yield Asked(name, split, memory, searcher, queries, searcher.embed([query.text for query in queries]))
 
 
 def hits(memory: Memory, queries: Sequence[EvalQuery], found: Iterable[np.ndarray]) -> dict[str, float]:

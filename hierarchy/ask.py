@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
+from jaxtyping import UInt8
+
 from treemem.config import SearchConfig
 from treemem.errors import InputError
 from treemem.hierarchy.context import GatheredVectors, PassageText, gather_vectors, labelled, passages
@@ -117,7 +120,9 @@ def ask(
         raise InputError("attribution: it needs a reader, which makes the prompt; ask with --reader text")
     _ = memory.searcher  # the encoder is loaded before the clock starts
     clock = _Clock()
+    within = within if within is None or isinstance(within, str) else list(within)
     result = memory.search_many([question], search, within=within)[0]
+    allowed = None if within is None else memory.searcher.scope(within).masks[-1]
     question = result.query  # as tokenizers take it
     clock.lap("search")
     threshold = _threshold(memory, search, config)
@@ -125,7 +130,7 @@ def ask(
         return Answer(REFUSAL, (), Context(result.gathered, ()), True, False, False, clock.laps)
     count = model.count_tokens if model else lambda text: len(text) // 4
     found = passages(memory.image, result.hits, count, config.passage_tokens, config.neighbours)
-    context = Context(labelled(memory.image, result.gathered, config.labels), found)
+    context = Context(labelled(memory.image, result.gathered, config.labels, allowed), found)
     clock.lap("context")
     if model is None:
         return _quoted(_ranked(memory, question, context), context, config, clock)
@@ -140,7 +145,7 @@ def ask(
         stream = model.stream(prompt.messages, config.max_tokens)
     else:
         reading, how = reader
-        read, given = _read(memory, reading, how, question, result, found, config)
+        read, given = _read(memory, reading, how, question, result, found, config, allowed)
         ids: list[int] = []
         stream = reading.stream(how, read, given, config.max_tokens, ids)
         if attribute is not None:
@@ -196,6 +201,7 @@ def _read(
     result: SearchResult,
     found: Sequence[Passage],
     config: AskConfig,
+    allowed: UInt8[np.ndarray, " chunks"] | None,
 ) -> tuple[ReaderPrompt, GatheredVectors | None]:
     """The prompt of a model that is given vectors, passages or both."""
     from treemem.hierarchy.reader import reader_prompt
@@ -205,7 +211,7 @@ def _read(
     if how != "text":
         shape = (own.nodes, own.chunks, own.more)
         given = gather_vectors(
-            memory.image, memory.encoder, result.gathered, result.hits, shape, memory.stored_reader_vectors
+            memory.image, memory.encoder, result.gathered, result.hits, shape, memory.stored_reader_vectors, allowed
         )
     texts = [PassageText(passage.document.title, passage.text) for passage in found[: own.chunks]]
     most = reading.model.context_tokens - config.max_tokens

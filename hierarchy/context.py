@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, UInt8
 
 from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.prompt import content_words
@@ -31,8 +31,13 @@ _labels: WeakKeyDictionary[Image, dict[tuple[int, int], str]] = WeakKeyDictionar
 _labels_lock = threading.Lock()
 
 
-def label(image: Image, level: int, node: int) -> str:
-    """The most telling words of the chunks below a node of level 2 or higher; made once, then kept while it is used."""
+def label(image: Image, level: int, node: int, allowed: UInt8[np.ndarray, " chunks"] | None = None) -> str:
+    """The most telling words of the chunks below a node of level 2 or higher; made once, then kept while it is used.
+
+    `allowed`: which chunks they may come from; by default all that are not hidden.
+    """
+    if allowed is not None:
+        return make_label(image, level, node, allowed=allowed)
     with _labels_lock:
         known = _labels.setdefault(image, {})
         if (level, node) in known:
@@ -60,10 +65,16 @@ def relative_entropy(
     return shares * np.log(shares / overall)
 
 
-def make_label(image: Image, level: int, node: int, weigh: Callable[..., np.ndarray] = relative_entropy) -> str:
+def make_label(
+    image: Image,
+    level: int,
+    node: int,
+    weigh: Callable[..., np.ndarray] = relative_entropy,
+    allowed: UInt8[np.ndarray, " chunks"] | None = None,
+) -> str:
     """The words that tell most of the chunks below a node, by a weight of terms as `relative_entropy`."""
     index = image.lexical.index
-    chunks = subtree(image, level, node)
+    chunks = subtree(image, level, node, allowed)
     if len(chunks) > LABEL_CHUNKS:
         chunks = chunks[np.linspace(0, len(chunks) - 1, LABEL_CHUNKS).astype(np.int64)]
     if len(chunks) == 0:
@@ -95,7 +106,12 @@ def _written(image: Image, term: int, chunks: np.ndarray) -> str:
     return min(forms, key=lambda form: (-forms[form], form)) if forms else ""
 
 
-def labelled(image: Image, gathered: Sequence[GatheredLevel], most: int) -> tuple[GatheredLevel, ...]:
+def labelled(
+    image: Image,
+    gathered: Sequence[GatheredLevel],
+    most: int,
+    allowed: UInt8[np.ndarray, " chunks"] | None = None,
+) -> tuple[GatheredLevel, ...]:
     """The gathered levels of nodes with labels on the best `most` of each; the chunks' level is left as it is."""
     out = []
     for level in gathered:
@@ -103,7 +119,7 @@ def labelled(image: Image, gathered: Sequence[GatheredLevel], most: int) -> tupl
             out.append(level)
             continue
         nodes = tuple(
-            GatheredNode(node.node, node.score, label(image, level.level, node.node)) if i < most else node
+            GatheredNode(node.node, node.score, label(image, level.level, node.node, allowed)) if i < most else node
             for i, node in enumerate(level.nodes)
         )
         out.append(replace(level, nodes=nodes))
@@ -197,11 +213,12 @@ def gather_vectors(
     hits: Sequence[Hit],
     shape: tuple[int, int, int],
     stored: Callable[[Sequence[int]], Sequence[np.ndarray] | None] | None = None,
+    allowed: UInt8[np.ndarray, " chunks"] | None = None,
 ) -> GatheredVectors:
     """The embeddings that a language model is given of what a walk gathered.
 
-    Nothing in them comes from masked or removed documents: a node that has masked chunks below it is given as the mean
-    of the others.
+    Nothing in them comes from masked or removed documents, or from others than those that the search was restricted to:
+    a node that has such chunks below it is given as the mean of the rest.
 
     Args:
         image: the searched snapshot.
@@ -211,12 +228,13 @@ def gather_vectors(
         shape: how many nodes of each upper level are given; how many of the best chunks, window by window; how many
             chunks after them, as their one vector.
         stored: gives the vectors of chunks' windows where they are kept, so that no text is encoded.
+        allowed: which chunks the search was restricted to.
     """
     nodes, chunks, more = shape
     parts: list[tuple[np.ndarray, int, int, int, int, float]] = []
     for level in sorted(gathered, key=lambda level: -level.level):
         for rank, node in enumerate(level.nodes[:nodes] if level.level > 1 else ()):
-            vector = _node_vector(image, level.level, node.node)
+            vector = _node_vector(image, level.level, node.node, allowed)
             if vector is not None:
                 parts.append((vector, level.level, node.node, 0, rank, node.score))
     blocks = image.tree.levels[-1]
@@ -237,10 +255,12 @@ def joined(parts: Sequence[tuple[np.ndarray, int, int, int, int, float]], dimens
     return GatheredVectors(vectors, levels, elements, places, ranks, np.array([part[5] for part in parts], np.float32))
 
 
-def _node_vector(image: Image, level: int, node: int) -> np.ndarray | None:
-    """The vector of a node, without what is masked below it; None where all of it is."""
-    if image.hidden:
-        chunks = subtree(image, level, node)
+def _node_vector(
+    image: Image, level: int, node: int, allowed: UInt8[np.ndarray, " chunks"] | None
+) -> np.ndarray | None:
+    """The vector of a node, without what is hidden below it; None where all of it is."""
+    if image.hidden or allowed is not None:
+        chunks = subtree(image, level, node, allowed)
         if len(chunks) == 0:
             return None
         if len(chunks) < len(below(image, level, node)):

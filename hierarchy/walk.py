@@ -582,10 +582,17 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def subtree(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:
-    """The chunks below a node of level 2 or higher, each once, in order; hidden ones are left out."""
+def subtree(
+    image: Image, level: int, node: int, allowed: UInt8[np.ndarray, " chunks"] | None = None
+) -> Int64[np.ndarray, " n"]:
+    """The chunks below a node of level 2 or higher, each once, in order; hidden ones are left out.
+
+    `allowed`: which chunks a search was restricted to, hidden ones not among them.
+    """
     nodes = below(image, level, node)
-    return nodes[image.visible[nodes] != 0] if image.hidden else nodes
+    if allowed is None and image.hidden:
+        allowed = image.visible
+    return nodes if allowed is None else nodes[allowed[nodes] != 0]
 
 
 def below(image: Image, level: int, node: int) -> Int64[np.ndarray, " chunks"]:

@@ -251,8 +251,18 @@ def expire(store: Store) -> tuple[list[str], int]:
         now = datetime.now(UTC) + timedelta(seconds=1)
         store.repository.expire_snapshots(now)
         summary = store.repository.garbage_collect(now)
+        _remove_staged(store)
         after = _all_snapshots(store.repository, kept)
         return sorted(before - after), int(summary.bytes_deleted)
+
+
+def _remove_staged(store: Store) -> None:
+    """Remove the files that killed processes had begun in a store on this disk: they have no name that it knows yet.
+
+    A file is written as `NAME#1` and then renamed (the `object_store` crate). The caller holds the memory's lock.
+    """
+    for file in (store.path / "store").rglob("*#*"):
+        file.unlink()
 
 
 def _all_snapshots(repository: icechunk.Repository, tips: set[str]) -> set[str]:

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -134,7 +135,12 @@ def describe(folder: Path, fields: dict[str, Any], rows: dict[str, int], sums: M
             name, size = str(file.relative_to(folder)), file.stat().st_size
             files[name] = size, sums[name] if sums and name in sums else checksum(file, size)
     description = {"image": IMAGE_VERSION, **fields, "rows": own, "files": files}
-    (folder / "image.json").write_text(json.dumps(description, indent=1))
+    (folder / "image.json").write_text(json.dumps({**description, "sum": description_sum(description)}, indent=1))
+
+
+def description_sum(description: Mapping[str, Any]) -> int:
+    """Checksum of what an image says of itself."""
+    return zlib.crc32(json.dumps({name: own for name, own in description.items() if name != "sum"}).encode())
 
 
 def _npy_rows(file: Path) -> int:
@@ -304,6 +310,8 @@ def _check_description(description: Any) -> None:
     }  # fmt: skip
     if not isinstance(description, dict) or description.get("image") != IMAGE_VERSION:
         raise ValueError("another version" if isinstance(description, dict) else "image.json holds something else")
+    if description.get("sum") != description_sum(description):
+        raise ValueError("image.json is not what was written")
     if any(not isinstance(description.get(f), t) for f, t in fields.items()):
         raise ValueError("image.json holds something else")
     numbers = [*description["sizes"], *description["rows"].values(), description["chunks"], description["words"]]

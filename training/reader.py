@@ -59,8 +59,8 @@ Task = Literal["text", "restore", "continue", "fill", "vectors", "both"]
 STAGES = ("text", "reading", "answering")
 MIXTURES: dict[str, dict[Task, float]] = {
     "text": {"text": 1.0},
-    "reading": {"restore": 0.4, "continue": 0.05, "fill": 0.55},
-    "answering": {"vectors": 0.45, "both": 0.1, "restore": 0.05, "fill": 0.4},
+    "reading": {"restore": 0.6, "continue": 0.05, "fill": 0.35},
+    "answering": {"vectors": 0.7, "both": 0.05, "restore": 0.05, "fill": 0.2},
 }
 """Shares of the examples of each stage."""
 CPU_TOKENS, GPU_TOKENS = 2048, 32768

@@ -82,10 +82,10 @@ class SearchConfig:
     """How many chunks before and after each of the walk's best `beam` chunks, in the same document, are scored too."""
     bm25_weight: float | None = None
     """lambda: what the best BM25 score of a query is worth beside a cosine; None: what was learned, 0.4 untrained."""
-    lexical: Lexical = "signatures"
-    """Where `hybrid` and `deep` look for words. `signatures`: on the way down, among the words below each node;
-    `index`: the walk goes by vectors, and the best chunks of an inverted index of all chunks are added, in four times
-    the time or more."""
+    lexical: Lexical = "index"
+    """Where `hybrid` and `deep` look for words. `index`: the walk goes by vectors, and the best chunks of an inverted
+    index of all chunks are added; `signatures`: on the way down, among the words below each node, in a quarter of the
+    time or less. What stands first is the same; a decoder, which ranks the best 64 anew, gains more from the first."""
     bm25_candidates: int = 256
     """How many chunks of the inverted index are candidates, where it is asked."""
     decoder: bool = True

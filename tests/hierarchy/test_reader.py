@@ -12,7 +12,7 @@ from tests.models import KINDS, tiny_model
 
 from treemem import Document, Memory
 from treemem.errors import InputError, ModelError
-from treemem.hierarchy.context import GatheredVectors, PassageText, gather_vectors, joined
+from treemem.hierarchy.context import GatheredVectors, PassageText, gather_vectors, joined, labelled
 from treemem.hierarchy.embed import READER_LAYER, READER_VECTORS, READER_WINDOW, Encoder, EncoderInfo, load_encoder
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import (
@@ -367,6 +367,32 @@ def test_hidden_documents_leave_no_trace(tmp_path: Path, encoder: Encoder, confi
             below = subtree(memory.image, int(level), int(node))
             mean = everything[below].sum(0)
             assert float(vector @ mean / np.linalg.norm(mean) / np.linalg.norm(vector)) > 0.9
+
+
+def test_a_restricted_search_leaves_no_trace_of_others(tmp_path: Path, encoder: Encoder, config: Any) -> None:
+    """What is given of a search in some documents is what is given where the others are masked, labels too."""
+    secret = "The key lies under the third stone of the bridge."
+    memory = Memory.build(documents(secret), tmp_path / "m", encoder=encoder, hierarchy=None, config=config)
+    question, others = "who has the key under the stone?", [own for own in memory.ids() if own != "secret"]
+    open_result = memory.search_many([question])[0]
+    restricted = memory.search_many([question], within=others)[0]
+    allowed = memory.searcher.scope(others).masks[-1]
+    given = (restricted.gathered, restricted.hits, SHAPE)
+    own = gather_vectors(memory.image, memory.encoder, *given, allowed=allowed)
+    unaware = gather_vectors(memory.image, memory.encoder, *given)
+    labels = labelled(memory.image, restricted.gathered, 4, allowed)
+    assert "key" in str(labelled(memory.image, open_result.gathered, 4))
+    assert "key" not in str(labels)
+    memory.mask(["secret"])
+    masked = gathered(memory, question)
+    assert not np.array_equal(own.vectors, unaware.vectors)
+    np.testing.assert_array_equal(own.vectors, masked.vectors)
+    np.testing.assert_array_equal(own.elements, masked.elements)
+    assert [node.label for level in labels for node in level.nodes] == [
+        node.label
+        for level in labelled(memory.image, memory.search_many([question])[0].gathered, 4)
+        for node in level.nodes
+    ]
 
 
 def windows(own: GatheredVectors) -> np.ndarray:

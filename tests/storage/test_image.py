@@ -20,7 +20,7 @@ from treemem.hierarchy.memory import Memory
 from treemem.kernels import back_end, upper_halves
 from treemem.storage import image as imaging
 from treemem.storage import lexical
-from treemem.storage.image import Image, available_memory, build_image, image_folder, read_tree
+from treemem.storage.image import Image, available_memory, build_image, description_sum, image_folder, read_tree
 from treemem.storage.levels import contextual
 from treemem.storage.store import Store
 from treemem.types import Document
@@ -271,8 +271,9 @@ def test_garbage_in_the_description(tmp_path: Path, text: str) -> None:
 )
 def test_wrong_fields_in_the_description(memory_path: Path, field: str, value: object) -> None:
     folder = folder_of(memory_path)
-    description = json.loads((folder / "image.json").read_text())
-    (folder / "image.json").write_text(json.dumps({**description, field: value}))
+    description = {**json.loads((folder / "image.json").read_text()), field: value}
+    description["sum"] = description_sum(description)
+    (folder / "image.json").write_text(json.dumps(description))
     with pytest.raises(DamagedMemory, match="the serving image is damaged"):
         Image(folder)
 
