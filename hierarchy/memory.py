@@ -19,7 +19,15 @@ import numpy as np
 from jaxtyping import Float16
 
 from treemem.config import SearchConfig, TreeConfig
-from treemem.errors import Conflict, DamagedMemory, InputError, ModelError, StoreError, UnreadableInput
+from treemem.errors import (
+    Conflict,
+    DamagedMemory,
+    InputError,
+    ModelError,
+    StoreError,
+    TreememError,
+    UnreadableInput,
+)
 from treemem.hierarchy.ask import AskConfig, Attribute, ask, config_for
 from treemem.hierarchy.build import alone, build, check_encoder, require_free, write_image
 from treemem.hierarchy.edits import EditReport, apply, compact, encode, masked_status, numbers_of, recall, sort_out
@@ -759,10 +767,21 @@ class Memory:
         past.delete(self.store, name)
 
     def verify(self, document: str | None = None, progress: Progress = no_progress) -> Verification:
-        """Compare all that is stored with what it is made of, or one document and the nodes above it."""
+        """Compare all that is stored with what it is made of, or one document and the nodes above it.
+
+        Where nothing but the serving image is damaged, that is told and it is made anew from the store.
+        """
         if document is not None:
             return verify_document(self.store, self.image, document)
-        return verify(self.store, self.image, progress)
+        found = verify(self.store, self.image, progress)
+        if found.damaged_files and len(found.faults) == 1:
+            with suppress(TreememError):  # where nothing can be written it stays as it is
+                with guard(self.store.path):
+                    shutil.rmtree(self.image.folder)
+                self._swap(Image(write_image(self.store, self._info.config, progress)))
+                files = ", ".join(found.damaged_files)
+                found.faults = [f"{self.store.name}: the serving image was damaged ({files}); it was made anew"]
+        return found
 
     # ---- about it
 

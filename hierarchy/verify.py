@@ -31,6 +31,8 @@ class Verification:
     checked: dict[str, int] = field(default_factory=dict)
     """How many documents, chunks, nodes and so on were compared."""
     faults: list[str] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
+    """Of the serving image; what it holds was not compared with the store then."""
 
     @property
     def sound(self) -> bool:
@@ -260,13 +262,12 @@ def _image(
     found: Verification, store: Store, image: Image, chunks: np.ndarray, levels: list[Level], progress: Progress
 ) -> None:
     try:
-        changed = image.changed_files(progress=progress)
+        found.damaged_files = image.changed_files(progress=progress)
     except OSError as error:
-        changed = [str(error)]
-    if changed:
-        found._fault(
-            f"{image.folder}: the serving image is damaged ({', '.join(changed)}); delete the folder, it is made again"
-        )
+        found.damaged_files = [str(error)]
+    if found.damaged_files:
+        files = ", ".join(found.damaged_files)
+        found._fault(f"{image.folder}: the serving image is damaged ({files}); delete the folder, it is made again")
         return  # what is compared below could not be relied on
     if image.snapshot != store.snapshot:
         found._fault("the serving image is of another snapshot")
