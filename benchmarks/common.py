@@ -40,6 +40,8 @@ PACKAGES = (
     "icechunk",
     "tantivy",
     "faiss-cpu",
+    "hnswlib",
+    "usearch",
 )
 
 
@@ -55,6 +57,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def commit() -> str:
+    """What is measured; $TREEMEM_COMMIT says it for a copy without its history."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("TREEMEM_COMMIT", "")
+    return asked.stdout.strip() or os.environ.get("TREEMEM_COMMIT", "")
+
+
+def measured() -> dict[str, str]:
+    """Day and commit, for the rows of a file that several runs fill."""
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+
+
 def machine() -> dict[str, Any]:
     """The machine, the versions and the commit."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
@@ -64,18 +80,13 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    try:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = asked.stdout.strip()
-    except OSError:
-        commit = ""
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit or os.environ.get("TREEMEM_COMMIT", ""),  # where a copy without its history is measured
+        "commit": commit(),
         "load": round(os.getloadavg()[0], 2),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, arguments, hits, percentiles, save
+from common import RESULTS, arguments, hits, measured, percentiles, save
 
 from treemem import Memory
 from treemem.config import SearchConfig
@@ -206,7 +206,7 @@ def main() -> None:
     measure = {"one": one_document, "portions": portions, "masks": masks}
     for part in options.parts:
         for name in options.sets:
-            found[part][name] = measure[part](options, name)
+            found[part][name] = {"measured": measured(), **measure[part](options, name)}
             print(part, name, json.dumps(found[part][name]), flush=True)
             save(options.name, found, options)
     shutil.rmtree(options.scratch)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, arguments, save
+from common import RESULTS, arguments, measured, save
 
 from treemem import Memory
 from treemem.evaluation import evaluate, load_set
@@ -127,6 +127,7 @@ def main() -> None:
         told = report.to_json()
         del told["memory"], told["logs"]
         runs[name] = {
+            "measured": measured(),
             "split": split,
             "device": device(),
             "training": told,

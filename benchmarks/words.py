@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
-from common import RESULTS, arguments, asked, hits, percentiles, save
+from common import RESULTS, arguments, asked, hits, measured, percentiles, save
 
 from treemem.config import Lexical, SearchConfig
 
@@ -47,6 +47,7 @@ def main() -> None:
                 scored[i] += got.scored / len(embedded)
         files = {file: file.stat().st_size for file in memory.image.folder.rglob("*") if file.is_file()}
         own: dict[str, Any] = {
+            "measured": measured(),
             "split": split,
             "questions": len(queries),
             "chunks": memory.image.chunks,

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -372,8 +372,14 @@ _advise: Any = intrinsic(_advising)
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-_BYTE_PRODUCTS = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+def _byte_products() -> bool:
+    """Whether what numba compiles for has AVX-512 VNNI: this machine, unless NUMBA_CPU_NAME or _FEATURES say other."""
+    given = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    features = (get_host_cpu_features() if given is None else given).split(",")
+    return "+avx512vnni" in features and "+avx512vl" in features
+
+
+_BYTE_PRODUCTS = _byte_products()
 
 
 def _dotting(_: Any, row: Any, query: Any, pieces: Any) -> Any:
@@ -491,8 +497,8 @@ def _score_rows(line: _Ints, rows: _Ints, q16: _Int16s, q_scales: _Floats, score
     Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
     vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
     vpmaddwd: 16 products with the query, added in pairs) on 256-bit and vpaddd on 512-bit registers (seen on Zen 4 in
-    the assembly of `_search_slice`): 10 ns for 384 components in the cache. Two accumulators by hand made it slower.
-    Called once per list of rows, since a call per row cost as much as the row.
+    the assembly of `_search_slice`): 22 ns for 384 components in the cache (`benchmarks/ceilings.py`).
+    Two accumulators by hand made it slower. Called once per list of rows, since a call per row cost as much as the row.
     """
     embeddings, dimension = q16.shape
     matrix = carray(_int8_at(line[_ROWS]), (line[_SIZE], dimension))
@@ -586,6 +592,7 @@ def _meet(
     query: _Floats,
     q8: _Int8s,
     q_scales: _Floats,
+    shifts: _Ids,
     block_sums: _Floats,
     best: np.float32,
     weight: np.float32,
@@ -602,8 +609,9 @@ def _meet(
     memory that it waits for: what the next block holds is asked for while this one is scored, since a block of some 30
     is too short for the processor's own guesses.
 
-    `block_sums`: the words' shares of the rows below the frontier, in its order; empty without words. `table`: for
-    dropping repeated elements; empty where every element stands once.
+    `shifts`: room for what -120 of every component adds to a product with each of the query's embeddings.
+    `block_sums`: the words' shares of the rows below the frontier, in its order; empty without words.
+    `table`: for dropping repeated elements; empty where every element stands once.
     """
     embeddings, padded = q8.shape
     pieces, width = padded // 64, padded // 2
@@ -616,7 +624,6 @@ def _meet(
     for parent in frontier:
         total += offsets[parent + 1] - offsets[parent]
     coarse = total > len(heap)
-    shifts = np.empty(embeddings, np.int32)  # what -120 of every component adds
     if coarse:
         heap[:] = _NO_KEY
         for m in range(embeddings):
@@ -887,7 +894,7 @@ def _search_slice(
     """Search for the queries `first` to `last`; all memory that they need is taken here, once."""
     depth, _, embeddings, dimension = queries.shape
     q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
-    q8 = np.empty((embeddings, 64 * -(-dimension // 64)), np.int8)
+    q8, shifts = np.empty((embeddings, 64 * -(-dimension // 64)), np.int8), np.empty(embeddings, np.int32)
     room = capacity + near
     rows, keys, places = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     owners, ids = np.empty(room, np.int32), np.empty(room, np.int32)
@@ -931,6 +938,7 @@ def _search_slice(
                 queries[level, b],
                 q8,
                 q_scales,
+                shifts,
                 block_sums[:below],
                 best,
                 weight,

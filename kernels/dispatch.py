@@ -18,6 +18,8 @@ VARIABLE = "TREEMEM_KERNELS"
 
 DEFAULT = "cpu"
 
+_DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
+
 # Modules by name, imported when first asked for: numba takes a second.
 _MODULES = {
     "reference": "treemem.kernels.reference",  # NumPy: the specification
@@ -95,14 +97,22 @@ class BackEnd(Protocol):
         ...
 
 
+def lives_on_gpu(array: Any) -> bool:
+    """Whether it is an array on an NVIDIA GPU: CuPy's, torch's, any with `__cuda_array_interface__` or DLPack."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    device = getattr(array, "__dlpack_device__", None)
+    return device is not None and device()[0] == _DLPACK_CUDA
+
+
 def back_end(name: str | None = None, *arrays: Any) -> BackEnd:
     """The kernels called `name`, else those that TREEMEM_KERNELS names, else those for where the arrays live.
 
-    Arrays on a GPU (CuPy's, torch's, any that have `__cuda_array_interface__`) go to the GPU's kernels, all others, and
-    none, to the CPU's. Raises InputError for an unknown name, or where the GPU's kernels cannot be used here.
+    Arrays on a GPU (see `lives_on_gpu`) go to the GPU's kernels, all others, and none, to the CPU's. Raises InputError
+    for an unknown name, or where the GPU's kernels cannot be used here.
     """
     source = "kernels" if name else VARIABLE
-    here = "gpu" if any(hasattr(array, "__cuda_array_interface__") for array in arrays) else DEFAULT
+    here = "gpu" if any(map(lives_on_gpu, arrays)) else DEFAULT
     name = name or os.environ.get(VARIABLE) or here
     if name not in _MODULES:
         raise InputError(f"{source} = {name!r}: it must be one of {', '.join(BACK_ENDS)}")

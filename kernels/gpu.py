@@ -2,13 +2,14 @@
 
 A tree is put on the GPU once and stays there as long as it lives here. What does not fit lies in the host's pinned
 memory, where the GPU reads it over the bus: the upper levels, which every query meets, come first. Queries that are
-NumPy arrays give NumPy arrays; queries on the GPU (CuPy, or anything that speaks DLPack, a torch tensor say) give CuPy
-arrays, without a copy through the host.
+NumPy arrays give NumPy arrays; queries on the GPU (CuPy's, or what speaks DLPack, as torch's tensors do) give CuPy
+arrays, which `torch.from_dlpack` takes, without a copy through the host.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from treemem.errors import InputError, ModelError
 from treemem.kernels.cpu import bm25_all, bm25_scores, project, signatures
+from treemem.kernels.dispatch import lives_on_gpu
 from treemem.kernels.reference import (
     Masks,
     check_at_least_1,
@@ -54,6 +56,8 @@ SOURCE = Path(__file__).with_name("walk.cu")
 THREADS = 256
 _COLUMNS = 15  # of the table of levels; walk.cu names them
 _SLICE = 16_384  # rows that one block of exact search compares with one query
+_KEPT = 1 << 28  # most bytes of what the blocks of one launch of exact search keep
+_raising = threading.Lock()
 
 
 def why_not() -> str | None:
@@ -92,7 +96,8 @@ def _launch(name: str, grid: tuple[int, int], shared: int, arguments: tuple[Any,
         if shared > most:
             needs = f"beam, k and fanout need {shared} bytes of the {most} that a GPU block has"
             raise InputError(f"{needs}: use smaller ones, or the kernels for the CPU")
-        kernel.max_dynamic_shared_size_bytes = shared
+        with _raising:  # another thread's launch may need more than this one's
+            kernel.max_dynamic_shared_size_bytes = max(kernel.max_dynamic_shared_size_bytes, shared)
     kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
 
@@ -105,16 +110,18 @@ def _power_of_two(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
-def _on_gpu(array: Any) -> bool:
-    return hasattr(array, "__cuda_array_interface__")
+def _held(array: Any) -> Any:
+    """What lives on the GPU as CuPy's, without a copy."""
+    cupy = _cupy()
+    return cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else cupy.from_dlpack(array)
 
 
 def _given(tree: ServingTree, queries: Any, *, levels: bool) -> tuple[Any, bool]:
     """Queries as contiguous float32 on the GPU, checked, and whether they came from there."""
     cupy = _cupy()
-    if not _on_gpu(queries):
+    if not lives_on_gpu(queries):
         return cupy.asarray(checked_queries(tree, queries, levels=levels)), False
-    held = cupy.ascontiguousarray(cupy.asarray(queries), np.float32)
+    held = cupy.ascontiguousarray(_held(queries), np.float32)
     checked_queries(tree, np.broadcast_to(np.float32(0), held.shape), levels=levels)  # the shape alone
     if not bool(cupy.isfinite(held).all()):
         raise ModelError("a query is not finite: the encoder or a ranker gave NaN or infinity")
@@ -320,8 +327,8 @@ def exact(tree: ServingTree, queries: Any, k: int, allowed: Masks | None = None)
 
 
 def _parts(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
-    """Slices of range(count) whose results take at most 256 MB, and that a grid's first axis holds."""
-    step = max(1, (1 << 28) // max(1, bytes_each))
+    """Slices of range(count) whose results take at most `_KEPT` bytes."""
+    step = max(1, _KEPT // max(1, bytes_each))
     for start in range(0, count, step):
         yield start, min(start + step, count)
 
@@ -331,7 +338,8 @@ def score_chunks(tree: ServingTree, queries: Any, ids: Any) -> Any:
     cupy, placed = _cupy(), _placed(tree)
     queries, on_gpu = _given(tree, queries, levels=False)
     batch, embeddings, dimension = queries.shape
-    chunks = cupy.asarray(checked_chunks(cupy.asnumpy(ids) if _on_gpu(ids) else ids, tree.sizes[-1], (batch, -1)))
+    given = cupy.asnumpy(_held(ids)) if lives_on_gpu(ids) else ids
+    chunks = cupy.asarray(checked_chunks(given, tree.sizes[-1], (batch, -1)))
     scores = cupy.empty(chunks.shape, np.float32)
     if scores.size:
         table, _ = _table(placed, None, None)
@@ -345,7 +353,8 @@ def score_chunks(tree: ServingTree, queries: Any, ids: Any) -> Any:
 def quantise(vectors: Any) -> tuple[Any, Any]:
     """`reference.quantise` on the GPU; vectors on the GPU give rows and scales there."""
     cupy = _cupy()
-    held = cupy.ascontiguousarray(cupy.asarray(vectors), np.float32)
+    on_gpu = lives_on_gpu(vectors)
+    held = cupy.ascontiguousarray(_held(vectors) if on_gpu else cupy.asarray(vectors), np.float32)
     if held.ndim != 2:
         raise InputError(f"vectors of shape {held.shape}: expected [n, d]")
     count, dimension = held.shape
@@ -358,5 +367,5 @@ def quantise(vectors: Any) -> tuple[Any, Any]:
     if count:
         blocks = -(-count // (THREADS // 32))
         _launch("quantise", (blocks, 1), 0, (held, np.int64(count), np.int32(dimension), rows, scales))
-    one, other = _returned([rows, scales], _on_gpu(vectors))
+    one, other = _returned([rows, scales], on_gpu)
     return one, other

@@ -103,10 +103,14 @@ class ServingTree:
         return tuple(out)
 
     def check(self) -> None:
-        """Check everything that keeps a kernel inside the arrays; the rows themselves are not read.
+        """Check everything that keeps a kernel inside the arrays, once; the rows themselves are not read.
 
         Raises DamagedMemory.
         """
+        _ = self._sound
+
+    @cached_property
+    def _sound(self) -> bool:
         if not self.levels or len(self.levels) != len(self.sizes):
             raise _damaged(f"{len(self.levels)} levels, {len(self.sizes)} sizes")
         above, live = 1, np.zeros(1, np.int32)
@@ -121,6 +125,7 @@ class ServingTree:
             if not np.array_equal(blocks.upper_scales, blocks.scales[blocks.ids]):
                 raise _damaged(f"{where}: the scales of rows and of their upper halves differ")
             above = size
+        return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,8 +96,14 @@ def cupy(folder: Path, free: int) -> Any:
         # The host's arrays are copied, as they would be; those of the device are not.
         return array if isinstance(array, Array) else np.array(array).view(Array)
 
+    def from_dlpack(array: Any) -> Any:
+        # NumPy takes what lies on the host alone.
+        host = SimpleNamespace(__dlpack__=lambda **_: array.__dlpack__(), __dlpack_device__=lambda: (1, 0))
+        return np.from_dlpack(host).view(Array)
+
     modules: list[Module] = []
 
+    @cache
     def kernel(name: str) -> Function:
         if not modules:
             modules.append(Module(folder, SOURCE.read_text("utf-8")))
@@ -106,6 +113,7 @@ def cupy(folder: Path, free: int) -> Any:
     return SimpleNamespace(
         kernel=kernel,
         asarray=asarray,
+        from_dlpack=from_dlpack,
         asnumpy=lambda array: np.array(array),
         ascontiguousarray=lambda array, kind: np.ascontiguousarray(array, kind).view(Array),
         cuda=SimpleNamespace(

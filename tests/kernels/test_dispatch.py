@@ -3,10 +3,12 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 import treemem.kernels
 from treemem.errors import InputError
@@ -51,6 +53,8 @@ def test_arrays_on_a_gpu_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TREEMEM_KERNELS", raising=False)
     monkeypatch.setattr(gpu, "why_not", lambda: None)
     assert back_end(None, np.zeros(1), OnGpu()) is gpu
+    assert back_end(None, SimpleNamespace(__dlpack_device__=lambda: (2, 0))) is gpu
+    assert back_end(None, SimpleNamespace(__dlpack_device__=lambda: (1, 0)), torch.zeros(1)) is cpu
     assert back_end(None, np.zeros(1)) is cpu
     assert back_end("reference", OnGpu()) is reference
     monkeypatch.setattr(gpu, "why_not", lambda: "there is none")
