@@ -117,7 +117,10 @@ def ask(
     if attribute not in (None, *get_args(Attribute)):
         raise InputError(f"attribute = {attribute!r}: it must be attention or gradients")
     if attribute is not None and reader is None:
-        raise InputError("attribution: it needs a reader, which makes the prompt; ask with --reader text")
+        raise InputError(
+            "attribution: it needs a language model on this machine and a reader for it, which makes the prompt; train "
+            "one with treemem train-reader and name it with --reader"
+        )
     _ = memory.searcher  # the encoder is loaded before the clock starts
     clock = _Clock()
     within = within if within is None or isinstance(within, str) else list(within)
@@ -210,9 +213,9 @@ def _read(
     given = None
     if how != "text":
         shape = (own.nodes, own.chunks, own.more)
-        given = gather_vectors(
-            memory.image, memory.encoder, result.gathered, result.hits, shape, memory.stored_reader_vectors, allowed
-        )
+        score = memory.searcher.node_scorer(question) if memory.image.hidden or allowed is not None else None
+        of_search = (result.gathered, result.hits, shape, memory.stored_reader_vectors)
+        given = gather_vectors(memory.image, memory.encoder, *of_search, allowed, score)
     texts = [PassageText(passage.document.title, passage.text) for passage in found[: own.chunks]]
     most = reading.model.context_tokens - config.max_tokens
     prompt = reader_prompt(

@@ -214,11 +214,13 @@ def gather_vectors(
     shape: tuple[int, int, int],
     stored: Callable[[Sequence[int]], Sequence[np.ndarray] | None] | None = None,
     allowed: UInt8[np.ndarray, " chunks"] | None = None,
+    score: Callable[[int, np.ndarray], float] | None = None,
 ) -> GatheredVectors:
     """The embeddings that a language model is given of what a walk gathered.
 
     Nothing in them comes from masked or removed documents, or from others than those that the search was restricted to:
-    a node that has such chunks below it is given as the mean of the rest.
+    a node that has such chunks below it is given as the mean of the rest, with that vector's own score, and in its
+    order.
 
     Args:
         image: the searched snapshot.
@@ -229,14 +231,21 @@ def gather_vectors(
             chunks after them, as their one vector.
         stored: gives the vectors of chunks' windows where they are kept, so that no text is encoded.
         allowed: which chunks the search was restricted to.
+        score: of a level and a node's vector, see `Searcher.node_scorer`. Where something is hidden, nodes are scored
+            anew with it; without it they keep the walk's scores and order, of which hidden chunks have a part.
     """
     nodes, chunks, more = shape
+    anew = score if image.hidden or allowed is not None else None
     parts: list[tuple[np.ndarray, int, int, int, int, float]] = []
     for level in sorted(gathered, key=lambda level: -level.level):
-        for rank, node in enumerate(level.nodes[:nodes] if level.level > 1 else ()):
+        kept: list[tuple[float, int, np.ndarray]] = []
+        for node in level.nodes[:nodes] if level.level > 1 else ():
             vector = _node_vector(image, level.level, node.node, allowed)
             if vector is not None:
-                parts.append((vector, level.level, node.node, 0, rank, node.score))
+                kept.append((node.score if anew is None else anew(level.level, vector), node.node, vector))
+        if anew is not None:
+            kept.sort(key=lambda own: (-own[0], own[1]))
+        parts += [(vector, level.level, node, 0, rank, own) for rank, (own, node, vector) in enumerate(kept)]
     blocks = image.tree.levels[-1]
     for rank, hit in enumerate(hits[chunks : chunks + more], chunks):
         parts.append((blocks.rows[hit.chunk] * np.float32(blocks.scales[hit.chunk]), 1, hit.chunk, 0, rank, hit.score))

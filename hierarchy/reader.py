@@ -428,7 +428,10 @@ def load_reader(name: str | Path) -> Reader | None:
         if config.reads != ("text",):
             reader.projection.load_state_dict({k: v.float() for k, v in load_file(folder / PROJECTION_FILE).items()})
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no reader there ({Path(str(error.filename)).name} is missing)") from error
+        missing = Path(str(error.filename)).name
+        raise InputError(
+            f"{folder}: no reader there ({missing} is missing); give text, vectors, both, none, auto or a folder"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: no reader that can be used ({error})") from error
     return reader.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -326,6 +326,12 @@ class Searcher:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])
         return asked
+
+    def node_scorer(self, query: str) -> Callable[[int, np.ndarray], float]:
+        """How well a vector that stands at a level answers a text, as walks by vectors compare them."""
+        vectors = self.embed([query])[0].vectors
+        asked = self.asked(vectors) if len(vectors) else np.zeros((self.image.tree.depth, 1, 1), np.float32)
+        return lambda level, vector: float((asked[-level] * vector).sum(-1).max())
 
     def _cosines(self, asked: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         return self.kernels.score_chunks(self.image.tree, asked[-1][None], chunks[None])[0]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.evaluation.sets import COUNTRIES, queries, write_jsonl, write_set
+from tests.evaluation.sets import COUNTRIES, corpus, queries, write_jsonl, write_set
 from tests.models import saved_model
 from tests.test_cli import Run, run
 from tests.test_json import ASK, NUMBER, check, one_document
 
 from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.memory import Memory
+from treemem.hierarchy.reader import DEFAULT_FOLDER
+from treemem.training.examples import Examples
 
 __all__ = ["run"]  # a fixture of the command line's tests
 
@@ -73,13 +75,13 @@ def test_trained_judged_and_asked_with(
     told = one_document(done.out)
     assert told["reader"] == str(folder)
     check(told["gates"]["conditions"], dict.fromkeys(WAYS, CONDITION))
-    assert set(told["gates"]) == {"questions", "vectors", "text_tokens", "conditions", "gates"}
+    assert set(told["gates"]) == {"questions", "vectors", "text_tokens", "conditions", "gates", "best"}
     assert told["gates"]["questions"] == 4
     described = json.loads((folder / "config.json").read_text())
-    f1 = {how: told["gates"]["conditions"][how]["f1"] for how in ("text", "vectors", "both")}
-    assert f1[described["best"]] == max(f1.values())
+    assert described["best"] == told["gates"]["best"]
     assert "## Held-out questions" in (folder / "README.md").read_text()
     assert not (folder / "checkpoints").exists()
+    assert "a reader is there already; name another folder" in run(*command).error
 
     replies = {}
     for how in ("text", "vectors", "both"):
@@ -126,6 +128,14 @@ def test_examples_alone(run: Run, memory: Path, dataset: Path, tmp_path: Path) -
     done = run("train-reader", memory, "--dataset", dataset, "--save-examples", tmp_path / "examples")
     assert done.code == 0, done.err
     assert "30 chunks" in done.out
+    done = run(
+        "train-reader", memory, "--dataset", dataset, "--save-examples", tmp_path / "dev", "--split", "dev", "--json"
+    )
+    value = one_document(done.out)
+    assert value == {"examples": str(tmp_path / "dev"), "questions": value["questions"], "chunks": 30}
+    train, dev = (Examples.load(tmp_path / name) for name in ("examples", "dev"))
+    assert value["questions"] == len(dev.rows)
+    assert not {row.question for row in train.rows} & {row.question for row in dev.rows}
     assert {path.name for path in (tmp_path / "examples").iterdir()} == {"examples.json.zst", "vectors.npz"}
 
 
@@ -133,7 +143,12 @@ def test_a_reader_of_another_model_is_refused_in_one_line(run: Run, memory: Path
     done = run("ask", memory, QUESTION, "--llm", llm, "--reader", "text")
     assert done.code == 1
     assert "trained for the language model 'smollm2'" in done.error
-    assert run("ask", memory, QUESTION, "--llm", llm, "--reader", tmp_path).error.endswith("(config.json is missing)")
+    said = run("ask", memory, QUESTION, "--llm", llm, "--reader", "vector").error
+    assert "vector: no reader there (config.json is missing); give text, vectors, both, none, auto or a folder" in said
+    for options in (["--llm", "none"], ["--llm", llm]):
+        said = run("attribute", memory, QUESTION, *options).error
+        assert "a language model on this machine and a reader for it" in said
+        assert "--reader none" not in said
     assert "needs a language model on this machine" in run(
         "ask", memory, QUESTION, "--llm", "none", "--reader", "text"
     ).error  # fmt: skip
@@ -141,6 +156,30 @@ def test_a_reader_of_another_model_is_refused_in_one_line(run: Run, memory: Path
 
 def test_readers_without_answers(run: Run, dataset: Path) -> None:
     assert "add --answers" in run("eval", dataset, "--readers").error
+    for options, said in ((["--llm", "none"], "name one with --llm"), (["--reader", "none"], "name one with --reader")):
+        done = run("eval", dataset, "--memory", "nowhere", "--answers", "--readers", *options)
+        assert said in done.error, "it is told before the memory is opened"
+
+
+def test_what_cannot_be_trained_on_is_told_before_the_first_search(
+    run: Run, memory: Path, dataset: Path, tmp_path: Path, llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treemem.training.examples.gather_examples", lambda *_, **__: pytest.fail("it was searched"))
+    (tmp_path / "file").write_text("")
+    other = write_set(tmp_path / "other")
+    write_jsonl(other, "corpus", [{**own, "text": own["text"] + "\nMore."} for own in corpus()], "")
+    wrong: list[tuple[list[object], str]] = [
+        (["--device", "tpu"], "device = 'tpu': it must be auto, cpu or cuda"),
+        (["--examples", tmp_path], "no examples that can be read"),
+        (["--save", tmp_path / "file"], "that is a file; name a folder"),
+        (["--llm", "none"], "a reader adapts a model on this machine"),
+        (["--start", DEFAULT_FOLDER, "--llm", llm], "it was trained for the language model 'smollm2'"),
+        (["--dataset", other], "has another text than in"),
+        (["--split", "dev"], "add --dataset and --save-examples"),
+    ]
+    for options, said in wrong:
+        done = run("train-reader", memory, "--dataset", dataset, *options)
+        assert (done.code, said in done.error) == (1, True), (options, done.err)
 
 
 def test_what_cannot_be_gone_on_with_is_told_at_once(run: Run, memory: Path, dataset: Path, tmp_path: Path) -> None:

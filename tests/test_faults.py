@@ -150,7 +150,7 @@ def test_interrupted_with_control_c(tmp_path: Path, forks: Forks) -> None:
     forks.signal(signal.SIGINT)
     assert forks.wait() == 130
     assert told(tmp_path / "first").splitlines() == [
-        "treemem: interrupted; run the same command again: a build continues after its last commit"
+        "treemem: interrupted; run the same command again: what was committed stays, and long work goes on from there"
     ]
     kept = Store.open(tmp_path / "m")
     assert not kept.finished

@@ -423,7 +423,9 @@ def _texts(
     aside: list[str] = []
     tokens = read_tokens(prose, tokenizer, progress, aside=aside)
     if not aside:
-        raise InputError(f"no held-out texts: name some with --held-out, or give at least {ASIDE_EVERY} documents")
+        raise InputError(
+            f"no held-out texts: name some with --held-out, or give at least {ASIDE_EVERY} documents as text"
+        )
     return tokens, aside
 
 

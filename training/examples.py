@@ -5,6 +5,7 @@ Examples are plain data: they can be gathered where the memory is and be trained
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,6 +131,16 @@ class Examples:
     def take(self, rows: Iterable[int]) -> Examples:
         """The same with some of the examples."""
         return replace(self, rows=[self.rows[row] for row in rows])
+
+    @property
+    def digest(self) -> str:
+        """By which an interrupted training knows its examples again."""
+        hashed = hashlib.blake2b(self.encoder.weights.encode(), digest_size=16)
+        for row in self.rows:
+            hashed.update(repr((row.question, row.answers, row.hits)).encode())
+        for text in self.texts:
+            hashed.update(repr(text).encode())
+        return hashed.hexdigest()
 
     # ---- files
 

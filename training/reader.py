@@ -11,6 +11,7 @@ together.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from treemem.hierarchy.embed import Encoder
 from treemem.hierarchy.generate import LocalModel
 from treemem.hierarchy.reader import (
     ADAPTERS,
+    CONFIG_FILE,
     PROJECTION_FILE,
     How,
     Reader,
@@ -75,6 +77,7 @@ INSTRUCTIONS: dict[Task, str] = {
     "restore": "Write down the text that the memory holds.",
     "continue": "Write how the text goes on.",
 }
+STATE_FILE = "state.json"
 _FACT = re.compile(r"(?<=[\w,;] )(?:[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+)*|\d[\d,.]*\d|\d+)(?=[ .,;:!?])")
 """A name or number inside a sentence: what is left out of it to be filled in."""
 
@@ -531,10 +534,12 @@ class ReaderTrainer:
             self.config = replace(self.config, batch_tokens=tokens)
         self.model, self.encoder, self.sets = model, encoder, list(sets)
         self.folder = Path(folder)
+        check_folder(self.folder, start)
         self.progress = progress
         width = model.model.get_input_embeddings().weight.shape[1]
         made = ReaderConfig(encoder.info, model_id(model), model.name, width, **(shape or {}))
         self._begun: tuple[How, ...] = ()
+        self._start = None if start is None else _digest(start)
         if start is not None:
             start.check(encoder.info, model)
             made = replace(made, rank=start.config.rank, hidden=start.config.hidden, levels=start.config.levels)
@@ -557,7 +562,7 @@ class ReaderTrainer:
         """Train all stages that are not done yet, and save the reader after each.
 
         Raises:
-            InputError: there is nothing to train on, or the folder holds a run of other settings.
+            InputError: there is nothing to train on, or the folder holds a run of other settings or examples.
             KeyboardInterrupt: it was interrupted; the next run goes on.
         """
         done = self._resume()
@@ -662,24 +667,44 @@ class ReaderTrainer:
             (self.folder / "saving" / name).rename(self.folder / name)
         shutil.rmtree(self.folder / "saving", ignore_errors=True)
         save_reader(self.reader, self.folder)
-        state = {"done": list(done), "config": asdict(self.config), "model": self.reader.config.model}
-        (self.folder / "checkpoints" / "state.json").write_text(json.dumps(state))
+        self._note(done)
+
+    def _note(self, done: Sequence[str]) -> None:
+        """Note what the next run has to know if this one is interrupted."""
+        place = self.folder / "checkpoints" / STATE_FILE
+        place.with_suffix(".tmp").write_text(json.dumps({"done": list(done), **self._run}))
+        place.with_suffix(".tmp").rename(place)
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        """What makes a run another one."""
+        run = {
+            "config": asdict(self.config),
+            "model": self.reader.config.model,
+            "examples": [own.digest for own in self.sets],
+            "start": self._start,
+        }
+        return dict(json.loads(json.dumps(run)))
 
     def _resume(self) -> list[str]:
-        """Stages that an interrupted run of the same settings has done."""
-        place = self.folder / "checkpoints" / "state.json"
+        """Stages that an interrupted run of the same settings and examples has done."""
+        place = self.folder / "checkpoints" / STATE_FILE
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             state = json.loads(place.read_text()) if place.exists() else None
+            if state is None:
+                self._note([])
+                return []
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: it cannot be used ({error})") from error
-        if state is None:
-            return []
-        settings = json.loads(json.dumps(asdict(self.config)))
-        if state["config"] != settings or state["model"] != self.reader.config.model:
+        other = [name for name, value in self._run.items() if state.get(name) != value]
+        if other:
             raise InputError(
-                f"{self.folder}: an interrupted run of other settings is there; give its settings, or remove the folder"
+                f"{self.folder}: an interrupted run of other settings is there ({', '.join(other)}); repeat its "
+                "command, or remove the folder"
             )
+        if not state["done"]:
+            return []
         from safetensors.torch import load_file
 
         try:
@@ -698,6 +723,23 @@ class ReaderTrainer:
 
         weights = {key: value.float() for key, value in load_file(folder / "adapter_model.safetensors").items()}
         set_peft_model_state_dict(self.peft_model, weights, adapter_name=name)
+
+
+def check_folder(folder: Path, start: Reader | None = None) -> None:
+    """Raise InputError where a run cannot save its reader; one that is there may be gone on with, not replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: that is a file; name a folder for the reader")
+    own = start is not None and any(place.resolve().parent == folder.resolve() for place in start.adapters.values())
+    if (folder / CONFIG_FILE).exists() and not (folder / "checkpoints" / STATE_FILE).exists() and not own:
+        raise InputError(f"{folder}: a reader is there already; name another folder, or go on with it by --start")
+
+
+def _digest(reader: Reader) -> str:
+    """By which a run knows the reader again that it began with."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, folder in sorted(reader.adapters.items()):
+        hashed.update(name.encode() + (folder / "adapter_model.safetensors").read_bytes())
+    return hashed.hexdigest()
 
 
 def _with_adapters(model: Any, rank: int) -> Any:

@@ -85,7 +85,9 @@ def main() -> None:
     except TreememError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; run the same command again: a build continues after its last commit", 130)
+        _fail(
+            "interrupted; run the same command again: what was committed stays, and long work goes on from there", 130
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

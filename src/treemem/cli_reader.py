@@ -12,7 +12,6 @@ from rich.table import Table
 from treemem.cli import (
     AsJson,
     At,
-    Llm,
     MemoryPath,
     ModeOption,
     ReaderName,
@@ -31,13 +30,19 @@ from treemem.errors import InputError
 def train_reader(
     memory: MemoryPath,
     dataset: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A data set in BEIR layout, with answers: trains on its train.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="A data set in BEIR layout, with answers; without a split train, all but held-out."
+        ),
     ] = None,
     examples: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Train on these gathered examples too.")
     ] = None,
     save_examples: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the gathered examples here and stop, to train elsewhere.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --save-examples: gather the questions of this split, not those of train.")
     ] = None,
     save: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the reader.")] = Path("my.reader"),
     llm: Annotated[str, typer.Option(help="Language model: smollm2, a folder, or a transformers id.")] = "smollm2",
@@ -54,27 +59,22 @@ def train_reader(
     from dataclasses import asdict, replace
 
     from treemem import Memory
+    from treemem.evaluation.dataset import load_set
     from treemem.evaluation.readers import answered, answered_questions, gate_table, judge
+    from treemem.evaluation.retrieval import check_memory
     from treemem.hierarchy.generate import LocalModel, load_language_model
-    from treemem.hierarchy.reader import DEFAULT_READER, HOW, NO_READER, ReadingModel, load_reader, save_reader
-    from treemem.training.examples import Examples, gather_examples, text_examples
-    from treemem.training.reader import ReaderTrainer, ReaderTraining
+    from treemem.hierarchy.reader import DEFAULT_READER, NO_READER, ReadingModel, load_reader, save_reader
+    from treemem.training.examples import AnsweredQuestion, Examples, gather_examples, text_examples
+    from treemem.training.lightning import accelerator
+    from treemem.training.reader import ReaderTrainer, ReaderTraining, check_folder
 
+    # Everything that can be wrong with what was given is found before the first search.
     begun = None if start == NO_READER else load_reader(start)
+    accelerator(device)
+    config = ReaderTraining(minutes=minutes, seed=seed)
+    if split is not None and (save_examples is None or dataset is None):
+        raise InputError("--split: it says which questions are gathered; add --dataset and --save-examples")
     with progress_of(as_json) as progress:
-        opened = Memory.open(memory, progress=progress)
-        questions, held_out = ([], None) if dataset is None else answered_questions(str(dataset), progress)
-        gathered = gather_examples(opened, questions, progress=progress)
-        if not questions:
-            documents = (opened.document(name) for name in opened.ids())
-            limit, language = opened.config.chunk_tokens, opened.config.language
-            gathered = text_examples(documents, opened.encoder, limit, language, most=20_000)
-        if save_examples is not None:
-            gathered.save(save_examples)
-            told = f"{shown(str(save_examples))}: {len(gathered.rows):,} questions, {len(gathered.texts):,} chunks"
-            out.print(told, soft_wrap=True)
-            return
-        sets = [gathered, *(Examples.load(folder) for folder in examples or [])]
 
         def loaded() -> LocalModel:
             model = load_language_model(llm, device=device, notify=lambda stage: progress(stage, 0, None))
@@ -82,10 +82,36 @@ def train_reader(
                 raise InputError(f"--llm {llm}: a reader adapts a model on this machine; name one")
             return model
 
-        config = ReaderTraining(minutes=minutes, seed=seed)
-        model = loaded()
-        if begun is not None and start == DEFAULT_READER and not begun.fits(opened.encoder.info, model):
-            begun = None
+        opened = Memory.open(memory, progress=progress)
+        given = [Examples.load(folder) for folder in examples or []]
+        questions: list[AnsweredQuestion] = []
+        held_out = None
+        if dataset is not None:
+            whole = load_set(dataset, split, progress)
+            check_memory(opened, whole)
+            questions, held_out = answered_questions(whole) if split is None else (answered(whole.queries), None)
+        if save_examples is None:
+            check_folder(save, begun)
+            model = loaded()
+            if begun is not None and start == DEFAULT_READER and not begun.fits(opened.encoder.info, model):
+                begun = None
+            if begun is not None:
+                begun.check(opened.encoder.info, model)
+        gathered = gather_examples(opened, questions, progress=progress)
+        if not questions:
+            documents = (opened.document(name) for name in opened.ids())
+            limit, language = opened.config.chunk_tokens, opened.config.language
+            gathered = text_examples(documents, opened.encoder, limit, language, most=20_000)
+        if save_examples is not None:
+            gathered.save(save_examples)
+            counts = {"questions": len(gathered.rows), "chunks": len(gathered.texts)}
+            if as_json:
+                print_json({"examples": str(save_examples), **counts})
+            else:
+                told = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+                out.print(f"{shown(str(save_examples))}: {told}", soft_wrap=True)
+            return
+        sets = [gathered, *given]
         trainer = ReaderTrainer(
             model, opened.encoder, sets, save, config=config, start=begun, device=device, progress=progress
         )
@@ -95,9 +121,7 @@ def train_reader(
             asked = gather_examples(opened, answered(held_out.sample(judges, seed).queries), progress=progress)
             asked.read(opened.encoder, progress)
             gates = judge(ReadingModel(loaded(), reader), asked, progress=progress)
-            f1 = {name: own.f1 for name, own in gates.figures.items()}
-            best = max(HOW, key=lambda how: (f1[how], how == "text"))
-            reader.config = replace(reader.config, best=best)
+            reader.config = replace(reader.config, best=gates.best)
         reader.card = {
             "summary": f"Trained for {minutes:g} minutes on {sum(len(own.rows) for own in sets):,} questions.",
             "data": {"memory": Path(memory).name, "chunks": sum(len(own.texts) for own in sets)},
@@ -110,6 +134,8 @@ def train_reader(
         return
     if gates is not None:
         out.print(gate_table(gates))
+    elif dataset is not None:
+        out.print(f"{shown(str(dataset))} has no split dev, validation or val: the reader was not judged.")
     told = f'{shown(str(save))}: ask with  treemem ask {shown(memory)} "…" --reader {shown(str(save))}'
     out.print(told, soft_wrap=True)
 
@@ -118,7 +144,7 @@ def train_reader(
 def attribute(
     memory: MemoryPath,
     question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
-    llm: Llm = "smollm2",
+    llm: Annotated[str, typer.Option(help="Language model: smollm2, a folder, or a transformers id.")] = "smollm2",
     reader: ReaderName = "auto",
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Gradient times input too: a pass backward for each token.")

@@ -174,7 +174,7 @@ def test_asking_with_attribution_gives_the_same_reply(asked: tuple[Memory, Local
 @pytest.mark.usefixtures("unchecked_types")
 def test_attribution_without_a_reader_is_refused(asked: tuple[Memory, LocalModel, str]) -> None:
     memory, model, folder = asked
-    with pytest.raises(InputError, match="it needs a reader"):
+    with pytest.raises(InputError, match="and a reader for it, which makes the prompt"):
         memory.ask("x", llm=model, reader="none", attribute="attention")
     with pytest.raises(InputError, match="it must be attention or gradients"):
         memory.ask("x", llm=model, reader=folder, attribute="heads")  # type: ignore[arg-type]

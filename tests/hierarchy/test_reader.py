@@ -31,7 +31,7 @@ from treemem.hierarchy.reader import (
     reader_prompt,
     save_reader,
 )
-from treemem.hierarchy.walk import subtree
+from treemem.hierarchy.walk import below, subtree
 
 PASSAGES = (PassageText("Rivers", "The Vell is 212 km long."), PassageText("", "Nothing of note happened."))
 SHAPE = (2, 3, 2)
@@ -314,7 +314,8 @@ def documents(secret: str) -> list[Document]:
 
 def gathered(memory: Memory, question: str) -> GatheredVectors:
     result = memory.search_many([question])[0]
-    return gather_vectors(memory.image, memory.encoder, result.gathered, result.hits, SHAPE)
+    score = memory.searcher.node_scorer(question)
+    return gather_vectors(memory.image, memory.encoder, result.gathered, result.hits, SHAPE, score=score)
 
 
 @pytest.fixture(scope="module")
@@ -364,9 +365,25 @@ def test_hidden_documents_leave_no_trace(tmp_path: Path, encoder: Encoder, confi
         for vector, level, node in zip(own.vectors, own.levels, own.elements, strict=True):
             if level < 2:
                 continue
-            below = subtree(memory.image, int(level), int(node))
-            mean = everything[below].sum(0)
-            assert float(vector @ mean / np.linalg.norm(mean) / np.linalg.norm(vector)) > 0.9
+            rest = subtree(memory.image, int(level), int(node))
+            assert number not in memory.image.document_of(rest)
+            mean = everything[rest].sum(0)
+            cosine = float(vector @ mean / np.linalg.norm(mean) / np.linalg.norm(vector))
+            # A node that holds what is masked is the mean of the rest; removed, it was made anew of contextual vectors.
+            assert cosine > (0.9999 if how == "masked" and not clean(memory, int(level), int(node)) else 0.9)
+        of_nodes = own.levels > 1
+        asked = memory.searcher.asked(memory.searcher.embed(["who has the key under the stone?"])[0].vectors)
+        scores = [float((asked[-level] @ vector).max()) for vector, level in zip(own.vectors, own.levels, strict=True)]
+        if how == "masked":
+            np.testing.assert_allclose(own.scores[of_nodes], np.array(scores)[of_nodes], atol=1e-5)
+            for level in range(2, memory.image.tree.depth + 1):
+                assert (np.diff(own.scores[own.levels == level]) <= 0).all()
+                assert own.ranks[own.levels == level].tolist() == list(range((own.levels == level).sum()))
+
+
+def clean(memory: Memory, level: int, node: int) -> bool:
+    """Whether nothing below a node is hidden."""
+    return len(subtree(memory.image, level, node)) == len(below(memory.image, level, node))
 
 
 def test_a_restricted_search_leaves_no_trace_of_others(tmp_path: Path, encoder: Encoder, config: Any) -> None:
@@ -378,7 +395,7 @@ def test_a_restricted_search_leaves_no_trace_of_others(tmp_path: Path, encoder: 
     restricted = memory.search_many([question], within=others)[0]
     allowed = memory.searcher.scope(others).masks[-1]
     given = (restricted.gathered, restricted.hits, SHAPE)
-    own = gather_vectors(memory.image, memory.encoder, *given, allowed=allowed)
+    own = gather_vectors(memory.image, memory.encoder, *given, None, allowed, memory.searcher.node_scorer(question))
     unaware = gather_vectors(memory.image, memory.encoder, *given)
     labels = labelled(memory.image, restricted.gathered, 4, allowed)
     assert "key" in str(labelled(memory.image, open_result.gathered, 4))
@@ -388,6 +405,9 @@ def test_a_restricted_search_leaves_no_trace_of_others(tmp_path: Path, encoder: 
     assert not np.array_equal(own.vectors, unaware.vectors)
     np.testing.assert_array_equal(own.vectors, masked.vectors)
     np.testing.assert_array_equal(own.elements, masked.elements)
+    np.testing.assert_array_equal(own.scores, masked.scores)
+    np.testing.assert_array_equal(own.ranks, masked.ranks)
+    assert not np.array_equal(own.scores, unaware.scores)
     assert [node.label for level in labels for node in level.nodes] == [
         node.label
         for level in labelled(memory.image, memory.search_many([question])[0].gathered, 4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.encoders import tiny_encoder_folder
+from tests.evaluation.sets import queries, write_jsonl, write_set
 from tests.models import tiny_model
 
 from treemem import Document, Memory
@@ -23,11 +24,13 @@ from treemem.training.examples import AnsweredQuestion, Example, Examples, gathe
 from treemem.training.reader import (
     MIXTURES,
     ReaderData,
+    ReaderModule,
     ReaderTrainer,
     ReaderTraining,
     collate,
     fit_maps,
 )
+from treemem.types import no_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ("amber", "birch", "coral", "delta", "ember", "fjord", "grove", "heron")
@@ -203,7 +206,7 @@ def test_a_reader_answers_from_vectors_and_not_from_shuffled_ones(tmp_path: Path
     unseen.read(encoder)
     options: dict[str, Any] = {"texts": tuple(facts), "vocabulary": 400, "width": 64, "spread": 0.12, "seed": 1}
     # The random model is frozen: adapters of a high rank do all of the learning.
-    config = quick(steps=150, batch=16, rate=3e-3, projection_rate=5e-3, distil=0.0)
+    config = quick(steps=200, batch=16, rate=3e-3, projection_rate=5e-3, distil=0.0)
     shape = {"rank": 32, "hidden": 64, "chunks": 1, "more": 0, "nodes": 0}
     trainer = ReaderTrainer(tiny_model(**options), encoder, [seen], tmp_path, config=config, shape=shape, device="cpu")
     reading = ReadingModel(tiny_model.__wrapped__(**options), trainer.fit())
@@ -256,9 +259,64 @@ def test_a_run_of_other_settings_is_not_continued(tmp_path: Path, encoder: Encod
 
     with pytest.raises(KeyboardInterrupt):
         ReaderTrainer(fresh(), encoder, [examples], tmp_path, config=quick(), device="cpu", progress=stop).fit()
-    other = ReaderTrainer(fresh(), encoder, [examples], tmp_path, config=quick(seed=1), device="cpu")
-    with pytest.raises(InputError, match="an interrupted run of other settings"):
-        other.fit()
+    fewer = examples.take(range(5))
+    for sets, seed, name in (([examples], 1, "config"), ([fewer], 0, "examples"), ([fewer], 1, "config, examples")):
+        other = ReaderTrainer(fresh(), encoder, sets, tmp_path, config=quick(seed=seed), device="cpu")
+        with pytest.raises(InputError, match=rf"an interrupted run of other settings is there \({name}\)"):
+            other.fit()
+
+
+def test_a_run_that_was_interrupted_in_its_first_stage_is_known_again(
+    tmp_path: Path, encoder: Encoder, examples: Examples
+) -> None:
+    def stop(stage: str, done: float, total: float | None) -> None:
+        if stage.startswith("stage text"):
+            raise KeyboardInterrupt
+
+    def trainer(sets: list[Examples], progress: Any = no_progress) -> ReaderTrainer:
+        return ReaderTrainer(fresh(), encoder, sets, tmp_path, config=quick(), device="cpu", progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer([examples], stop).fit()
+    with pytest.raises(InputError, match=r"of other settings is there \(examples\)"):
+        trainer([examples.take(range(5))]).fit()
+    going_on = trainer([examples])
+    going_on.fit()
+    assert set(going_on.steps) == {"text", "reading", "answering"}
+    with pytest.raises(InputError, match="a reader is there already"):
+        trainer([examples])
+    made = load_reader(tmp_path)
+    assert made is not None
+    ReaderTrainer(fresh(), encoder, [examples], tmp_path, config=quick(), device="cpu", start=made)
+
+
+def test_what_the_teacher_says_counts(tmp_path: Path, encoder: Encoder, examples: Examples) -> None:
+    """The adapter for text is asked about every question, and whoever says what it says loses less."""
+    for distil in (0.0, 0.5):
+        config = quick(steps=1, distil=distil)
+        folder = tmp_path / str(distil)
+        trainer = ReaderTrainer(fresh(), encoder, [examples], folder, config=config, device="cpu")
+        trainer.fit()
+        assert trainer.data is not None
+        assert set(trainer.data.teacher) == (set(trainer.data.questions) if distil else set())
+    module = ReaderModule(trainer.peft_model, trainer.reader, "answering", replace(config, distil=1.0))
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    drawn = trainer.data.question((0, 0), "vectors")
+    with torch.no_grad():
+        logits = module.logits(collate([drawn], 1))
+        losses = {}
+        for name, tokens in (("agrees", logits.argmax(1)), ("disagrees", logits.argmin(1))):
+            drawn.teacher = (tokens.numpy()[:, None], np.zeros((len(tokens), 1), np.float32))
+            losses[name] = float(module.training_step(collate([drawn], 1), 0))
+        drawn.teacher = None
+        alone = float(module.training_step(collate([drawn], 1), 0))
+    assert alone < losses["agrees"] < losses["disagrees"]
+    # The teacher's opinions are those of the adapter that has read the passages.
+    asked = ReaderModule(trainer.peft_model, trainer.reader, "text", config)
+    told = trainer.data.question((0, 0), "text")
+    with torch.no_grad():
+        best = asked.logits(collate([told], 1)).argmax(1)
+    assert trainer.data.teacher[0, 0][0][:, 0].tolist() == best.tolist()
 
 
 def test_a_reader_is_gone_on_with(tmp_path: Path, encoder: Encoder, examples: Examples) -> None:
@@ -352,6 +410,43 @@ def test_gates_say_what_beats_what(encoder: Encoder, examples: Examples, tmp_pat
         "text beats vectors": True,
     }
     assert gates(text=0.5) == {}
+
+
+@pytest.mark.parametrize(
+    ("f1", "best"),
+    [
+        ({"no context": 0.1, "shuffled": 0.3, "vectors": 0.6, "text": 0.5, "both": 0.4}, "vectors"),
+        ({"no context": 0.1, "shuffled": 0.7, "vectors": 0.6, "text": 0.5, "both": 0.4}, "text"),
+        ({"no context": 0.7, "shuffled": 0.1, "vectors": 0.6, "text": 0.5, "both": 0.4}, "text"),
+        ({"no context": 0.1, "shuffled": 0.3, "vectors": 0.2, "text": 0.5, "both": 0.6}, "both"),
+        ({"no context": 0.1, "shuffled": 0.3, "vectors": 0.2, "text": 0.5, "both": 0.5}, "text"),
+        ({"no context": 0.1, "text": 0.5}, "text"),
+    ],
+)
+def test_only_what_passes_the_gates_is_asked_for_by_default(f1: dict[str, float], best: str) -> None:
+    from treemem.evaluation.readers import Gates, ReaderFigures
+
+    assert Gates(1, 1, 1, {name: ReaderFigures(0, value, 0) for name, value in f1.items()}).best == best
+
+
+def test_what_is_trained_on_and_what_is_held_out(tmp_path: Path) -> None:
+    from treemem.evaluation.dataset import load_set
+    from treemem.evaluation.readers import answered_questions
+
+    def split(*names: str | None) -> tuple[int, int | None]:
+        asked = [{**own, "split": names[i % len(names)]} for i, own in enumerate(queries())]
+        write_jsonl(folder, "queries", [{k: v for k, v in own.items() if v is not None} for own in asked], "")
+        train, judges = answered_questions(load_set(folder, None))
+        return len(train), None if judges is None else len(judges.queries)
+
+    folder = write_set(tmp_path / "set")
+    count = sum(bool(own.get("answers")) for own in queries())
+    assert split("train", "dev") == (count // 2, count - count // 2)
+    assert split("train", "test") == (count - count // 2, None)
+    assert split("test", "other") == (count // 2, None)
+    assert split(None) == (count, None)
+    with pytest.raises(InputError, match="all held out"):
+        split("test")
 
 
 def test_only_questions_with_answers_are_trained_on() -> None:

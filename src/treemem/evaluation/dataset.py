@@ -101,7 +101,7 @@ class EvalSet:
         """
         kept = tuple(query for query in self.queries if query.answers)
         if not kept:
-            raise InputError(f'{self.folder}: no query has "answers" to compare replies with; leave out --answers')
+            raise InputError(f'{self.folder}: no query has "answers" to compare replies with; name a set that has them')
         return replace(self, queries=kept)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from rich.table import Table
 
 from treemem.config import SearchConfig
-from treemem.evaluation.dataset import EvalQuery, EvalSet, load_set
+from treemem.errors import InputError
+from treemem.evaluation.dataset import EvalQuery, EvalSet
 from treemem.evaluation.metrics import contained, exact_match, token_f1
 from treemem.evaluation.questions import HELD_OUT_SPLITS
 from treemem.hierarchy.memory import Memory
-from treemem.hierarchy.reader import ReadingModel
+from treemem.hierarchy.reader import How, ReadingModel
 from treemem.training.examples import AnsweredQuestion, Examples, gather_examples
 from treemem.training.reader import CONDITIONS, replies
 from treemem.types import Progress, no_progress
@@ -58,11 +59,22 @@ class Gates:
             if one in f1 and two in f1
         }
 
+    @property
+    def best(self) -> How:
+        """The way of reading that a reader is asked for where none is named: the best of those that pass the gates."""
+        passed = self.verdicts
+        ways: list[How] = ["text"]  # first: it wins where others are as good
+        if passed.get("vectors beat no context") and passed.get("vectors beat shuffled vectors"):
+            ways.append("vectors")
+        if passed.get("both do not lose to text"):
+            ways.append("both")
+        return max(ways, key=lambda way: self.figures[way].f1 if way in self.figures else 0.0)
+
     def to_json(self) -> dict[str, object]:
         """For programs."""
         figures = {name: asdict(own) for name, own in self.figures.items()}
         shape = {"questions": self.questions, "vectors": self.vectors, "text_tokens": self.text_tokens}
-        return {**shape, "conditions": figures, "gates": self.verdicts}
+        return {**shape, "conditions": figures, "gates": self.verdicts, "best": self.best}
 
 
 def answered(queries: Sequence[EvalQuery]) -> list[AnsweredQuestion]:
@@ -70,19 +82,22 @@ def answered(queries: Sequence[EvalQuery]) -> list[AnsweredQuestion]:
     return [AnsweredQuestion(query.text, query.answers, query.spans) for query in queries if any(query.answers)]
 
 
-def answered_questions(folder: str, progress: Progress = no_progress) -> tuple[list[AnsweredQuestion], EvalSet | None]:
+def answered_questions(whole: EvalSet) -> tuple[list[AnsweredQuestion], EvalSet | None]:
     """A set's questions with answers to train on, and those of its held-out split, None where it has none.
 
-    Raises InputError where no question has answers.
+    Where there is no split `train`, the questions of all splits but the held-out and the test one are trained on.
+
+    Raises InputError where no question has answers, or none is left to train on.
     """
-    whole = load_set(folder, None, progress).with_answers()
-    splits = {query.split for query in whole.queries}
+    queries = whole.with_answers().queries
+    splits = {query.split for query in queries}
     held_out = next((split for split in HELD_OUT_SPLITS if split in splits), None)
-    if "train" not in splits:
-        return answered(whole.queries), None
-    train = [query for query in whole.queries if query.split == "train"]
-    judges = load_set(folder, held_out, progress).with_answers() if held_out else None
-    return answered(train), judges
+    kept = {"train"} if "train" in splits else splits - {held_out, "test"}
+    train = answered([query for query in queries if query.split in kept])
+    if not train:
+        raise InputError(f"{whole.folder}: its questions are all held out ({', '.join(sorted(map(str, splits)))})")
+    judges = None if held_out is None else replace(whole, queries=tuple(q for q in queries if q.split == held_out))
+    return train, judges
 
 
 def judge(

@@ -104,7 +104,7 @@ def evaluate(
     if not queries:
         raise InputError(f"{eval_set.folder}: no query has evidence or sections to find within its document")
     drawn = replace(eval_set, queries=tuple(queries)).sample(max_queries, seed)
-    _check_memory(memory, drawn)
+    check_memory(memory, drawn)
     searcher = _searcher(memory, modes)
     embedded, encode_ms = _embed(searcher, drawn.queries, progress)
     judged = [_judged(memory, q, e, within_document) for q, e in zip(drawn.queries, embedded, strict=True)]
@@ -178,7 +178,7 @@ def _searcher(memory: Memory, modes: Sequence[str]) -> Searcher:
     return Searcher(memory.image, None, config.chunk_tokens, config.language)
 
 
-def _check_memory(memory: Memory, eval_set: EvalSet) -> None:
+def check_memory(memory: Memory, eval_set: EvalSet) -> None:
     """Raise InputError unless the memory holds the documents that the queries are about, with the same texts."""
     place = memory.store.path
     wanted = {document for query in eval_set.queries for document in (*query.relevant, *query.spans)}

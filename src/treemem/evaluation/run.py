@@ -16,7 +16,7 @@ from treemem.evaluation.dataset import EvalQuery, EvalSet, load_set
 from treemem.evaluation.report import EvalReport
 from treemem.evaluation.retrieval import DEFAULT_MODES, checked_modes, evaluate
 from treemem.hierarchy.embed import DEFAULT_ENCODER, load_encoder
-from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, load_language_model
+from treemem.hierarchy.generate import DEFAULT_LANGUAGE_MODEL, LocalModel, load_language_model
 from treemem.hierarchy.memory import Memory
 from treemem.storage.store import Store
 from treemem.types import Answer, Progress, no_progress
@@ -76,7 +76,16 @@ def run(
     if answers:
         eval_set.with_answers()
         model = load_language_model(llm, url=llm_url, notify=lambda stage: progress(stage, 0, None))
+    if readers and not isinstance(model, LocalModel):
+        raise InputError("--readers: it compares what a language model on this machine says; name one with --llm")
+    if readers and reader == "none":
+        raise InputError("--readers: it compares what a reader does with the memory; name one with --reader")
     memory = Memory.open(memory_path, progress=progress) if memory_path else _built(eval_set, encoder, progress)
+    chosen = None
+    if readers:
+        from treemem.hierarchy.reader import choose_reader
+
+        chosen = choose_reader("text" if reader == "auto" else reader, model, memory.recorded_encoder.info)
     report = evaluate(
         memory,
         eval_set,
@@ -96,13 +105,9 @@ def run(
         return memory.ask(query.text, llm=model, beam=beam, within=known if within_document else None, reader=reader)
 
     gates = None
-    if readers:
+    if chosen is not None:
         from treemem.evaluation.readers import evaluate_readers
-        from treemem.hierarchy.reader import choose_reader
 
-        chosen = choose_reader("text" if reader == "auto" else reader, model, memory.recorded_encoder.info)
-        if chosen is None:
-            raise InputError("--readers: it compares what a reader does with the memory; name one with --reader")
         gates = evaluate_readers(
             memory, eval_set, chosen[0], beam=beam, max_queries=max_queries, seed=seed, progress=progress
         )
