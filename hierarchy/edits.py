@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ from treemem.storage.store import (
 )
 from treemem.types import Document, Progress, no_progress
 
+COUNTED = ("added", "replaced", "removed", "masked", "unmasked", "chunks_added", "chunks_removed")
+"""Fields of an `EditReport` that are counted in a snapshot's metadata."""
+
 
 @dataclass(frozen=True)
 class EditReport:
@@ -66,15 +69,18 @@ class EditReport:
 
     def counts(self) -> dict[str, int]:
         """What is not zero, for the snapshot's metadata."""
-        names = ("added", "replaced", "removed", "masked", "unmasked")
-        found = {name: len(getattr(self, name)) for name in names}
-        found |= {"chunks_added": self.chunks_added, "chunks_removed": self.chunks_removed}
-        return {name: count for name, count in found.items() if count}
+        found = {name: getattr(self, name) for name in COUNTED}
+        counts = {name: own if isinstance(own, int) else len(own) for name, own in found.items()}
+        return {name: count for name, count in counts.items() if count}
 
     def message(self) -> str:
         """What the snapshot is called where nothing else is asked for."""
-        told = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts().items()]
-        return ", ".join(told) or "nothing changed"
+        return told(self.counts()) or "nothing changed"
+
+
+def told(changes: Mapping[str, Any]) -> str:
+    """What a snapshot's metadata says of an edit, for people; nothing of other snapshots."""
+    return ", ".join(f"{changes[name]:,} {name.replace('_', ' ')}" for name in COUNTED if name in changes)
 
 
 @dataclass
@@ -86,8 +92,15 @@ class Plan:
     unchanged: list[str] = field(default_factory=list)
 
 
-def sort_out(store: Store, image: Image, documents: Iterable[Document]) -> Plan:
+def sort_out(store: Store, image: Image, documents: Iterable[Document], *, from_files: bool = False) -> Plan:
     """Compare documents with those that a memory holds, by id and by the hash of their content.
+
+    Args:
+        store: at the snapshot of `image`.
+        image: of what is held.
+        documents: given.
+        from_files: their `source` is the path that they were read by, of which several lead to a file: it does not
+            count.
 
     Raises InputError where two have one id, or one cannot be stored.
     """
@@ -100,8 +113,13 @@ def sort_out(store: Store, image: Image, documents: Iterable[Document]) -> Plan:
         else:
             known.append((document, number))
     hashes = store.rows("documents/hashes", np.array([number for _, number in known], np.int64))
-    for (document, _), stored in zip(known, hashes, strict=True):
-        if document_hash(document) == stored.tobytes():
+    for (document, number), stored in zip(known, hashes, strict=True):
+        same = document_hash(document) == stored.tobytes()
+        if not same and from_files:
+            source = image.record(number)["metadata"].get("source")
+            moved = replace(document, metadata={**document.metadata, "source": source})
+            same = document_hash(moved) == stored.tobytes()
+        if same:
             plan.unchanged.append(document.id)
         else:
             plan.changed.append(document)

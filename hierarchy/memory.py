@@ -57,6 +57,7 @@ LOCK_SECONDS = 10.0
 IMAGES_KEPT = 4
 """How many serving images of snapshots that nothing is at any more stay, for those who open them soon."""
 _FORGETTING = "forgetting"
+_EDITED_BEFORE = "chunks_edited_before"
 """A file that is there while what was forgotten is removed from the disk."""
 ASK_HITS = 10
 """From how many chunks the passages of an answer are made."""
@@ -459,6 +460,8 @@ class Memory:
     ) -> EditReport:
         """Add documents: those that are new, and those whose content has changed, in place of what was there.
 
+        A file whose path alone is given otherwise than before counts as unchanged.
+
         Args:
             sources: files, folders and globs, or a document or several.
             message: of the snapshot; by default what has changed.
@@ -473,7 +476,7 @@ class Memory:
             sources = list(sources)
         documents, _ = _documents(sources, report if report is not None else ReadReport())
         with self._writing():
-            plan = sort_out(self.store, self.image, documents)
+            plan = sort_out(self.store, self.image, documents, from_files=_are_paths(sources))
             replaced = numbers_of(self.image, [own.id for own in plan.changed])
             fresh = [*plan.new, *plan.changed]
             begin = time.perf_counter()
@@ -530,6 +533,13 @@ class Memory:
 
         Tags of snapshots that hold them are deleted. Who has an older snapshot open may read it until they close it.
         Documents that were removed before are forgotten, too, and where this was interrupted, it is done to its end.
+        Every branch gets a commit, so that what another machine has begun on object storage is made again.
+
+        Args:
+            ids: of the documents.
+            where: those of all branches and tags whose metadata meet this, too; see `search`.
+            message: of the snapshots.
+            progress: told what is done.
 
         Raises:
             InputError: no branch, tag or older snapshot holds one of them.
@@ -537,7 +547,7 @@ class Memory:
         """
         wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
         if where is not None:
-            wanted += [own for own in self.ids(where) if own not in wanted]
+            wanted += [own for own in past.meeting(self.store, condition(where)) if own not in wanted]
         begun = self.store.path / _FORGETTING
         if not wanted and not begun.exists():
             return Forgotten((), (), (), 0)
@@ -549,30 +559,43 @@ class Memory:
                 for own in missing:
                     if own not in older:
                         raise InputError(f"document {own!r} is in no branch or tag of {self.store.name}")
-            branches = past.branches(self.store)
-            tags = tuple(name for name in held if name not in branches)
-            for name in tags:
-                past.delete(self.store, name)
-            for name in held:
-                if name in branches and name != self.store.branch:
-                    other = Memory.open(self.store.path, at=name, encoder=self._encoder, progress=progress)
-                    other._removed_from_here(held[name], message, progress)
-            self._removed_from_here(held.get(str(self.store.branch), set()), message, progress)
-            # Bytes may be left where this is interrupted, and no snapshot then that tells of what: a file does.
-            with guard(self.store.path):
-                begun.touch()
-            snapshots, collected = past.expire(self.store)
+            tags: list[str] = []
+            snapshots: list[str] = []
+            collected = 0
+            while True:
+                moment = past.moment_between()
+                branches = past.branches(self.store)
+                for name in held.keys() - branches.keys():
+                    past.delete(self.store, name)
+                    tags.append(name)
+                for name, snapshot in sorted(branches.items(), key=lambda own: own[0] == self.store.branch):
+                    if name not in held:
+                        store = self.store if name == self.store.branch else self.store.at(snapshot, name)
+                        with store.transaction(message or "forget", {_EDITED_BEFORE: _edited_chunks(store)}):
+                            pass
+                    elif name == self.store.branch:
+                        self._removed_from_here(held[name], message, progress)
+                    else:
+                        other = Memory.open(self.store.path, at=name, encoder=self._encoder, progress=progress)
+                        other._removed_from_here(held[name], message, progress)
+                # Bytes may be left where this is interrupted, and no snapshot then that tells of what: a file does.
+                with guard(self.store.path):
+                    begun.touch()
+                gone, freed = past.expire(self.store, moment)
+                snapshots += gone
+                collected += freed
+                held = past.holding(self.store, wanted)
+                if not held:
+                    break  # else a tag or branch was made meanwhile of what is to be forgotten
             self._drop_images(progress)
             with guard(self.store.path):
                 begun.unlink()
-        return Forgotten(tuple(wanted), tuple(snapshots), tags, collected)
+        return Forgotten(tuple(wanted), tuple(snapshots), tuple(tags), collected)
 
     def _removed_from_here(self, ids: Iterable[str], message: str | None, progress: Progress) -> None:
-        numbers = numbers_of(self.image, sorted(ids))
-        done = EditReport(
-            self.store.snapshot, removed=tuple(sorted(ids)), chunks_removed=self._chunks_of(numbers)
-        )  # fmt: skip
-        self._edited(done, message, removed=numbers, progress=progress)
+        numbers, before = numbers_of(self.image, sorted(ids)), _edited_chunks(self.store)
+        done = EditReport(self.store.snapshot, removed=tuple(sorted(ids)), chunks_removed=self._chunks_of(numbers))
+        self._edited(done, message, told={_EDITED_BEFORE: before}, removed=numbers, progress=progress)
 
     def _drop_images(self, progress: Progress) -> None:
         """Remove all serving images, which share files that hold what was forgotten, and make this one's anew."""
@@ -665,8 +688,11 @@ class Memory:
             yield
 
     def refresh(self) -> bool:
-        """Go to the tip of the branch, where another process has written to it. Returns whether there was anything."""
-        if self.store.branch is None:
+        """Go to the tip of the branch, where another process has written to it. Returns whether there was anything.
+
+        Not while documents are masked for a while (`masked`): they would be shown.
+        """
+        if self.store.branch is None or self._masked_for_a_while:
             return False
         store = past.resolve(Store.open(self.store.path), self.store.branch)
         if store.snapshot == self.image.snapshot:
@@ -676,13 +702,20 @@ class Memory:
         return True
 
     def _edited(
-        self, done: EditReport, message: str | None, *, hidden: Sequence[int] = (), **changes: Any
+        self,
+        done: EditReport,
+        message: str | None,
+        *,
+        hidden: Sequence[int] = (),
+        told: dict[str, int] | None = None,
+        **changes: Any,
     ) -> EditReport:
+        """Commit what an edit does, if it does anything; what is `told` is kept with the snapshot too."""
         if not done.counts():
             return done
-        text = message or done.message()
+        text, metadata = message or done.message(), {**done.counts(), **(told or {})}
         given = self.store, self.image, self.config, self.hierarchy
-        image, seconds = apply(*given, message=text, metadata=done.counts(), hidden=hidden, **changes)
+        image, seconds = apply(*given, message=text, metadata=metadata, hidden=hidden, **changes)
         self._swap(image)
         self._sweep()
         return replace(done, snapshot=self.store.snapshot, seconds={**done.seconds, **seconds})
@@ -818,12 +851,20 @@ class Memory:
         )
 
     def _edited_share(self) -> float:
-        changed = 0
-        for snapshot in past.history(self.store):
-            if "documents" in snapshot.changes or "compacted" in snapshot.changes:
-                break
-            changed += snapshot.changes.get("chunks_added", 0) + snapshot.changes.get("chunks_removed", 0)
-        return changed / max(1, self.image.chunks)
+        return _edited_chunks(self.store) / max(1, self.image.chunks)
+
+
+def _edited_chunks(store: Store) -> int:
+    """How many chunks were added or removed since the tree was grown."""
+    changed = 0
+    for snapshot in past.history(store):
+        if "documents" in snapshot.changes or "compacted" in snapshot.changes:
+            break
+        changed += snapshot.changes.get("chunks_added", 0) + snapshot.changes.get("chunks_removed", 0)
+        if _EDITED_BEFORE in snapshot.changes:  # what the history told that `forget` has cut off
+            changed += snapshot.changes[_EDITED_BEFORE]
+            break
+    return changed
 
 
 def verify_memory(
@@ -839,6 +880,26 @@ def verify_memory(
     except DamagedMemory:
         return verify(past.resolve(Store.open(local_side(path)), MAIN if at is None else at), None, progress)
     return memory.verify(document, progress)
+
+
+def rollback_memory(
+    path: str | Path, to: str | datetime, branch: str = MAIN, progress: Progress = no_progress
+) -> tuple[str, str]:
+    """Put a branch back, though its tip may be too damaged to be opened. See `Memory.rollback`.
+
+    Returns the snapshot that it was at, and the one that it is at now.
+    """
+    try:
+        memory = Memory.open(path, at=branch, progress=progress)
+    except DamagedMemory:
+        found = Memory.open(path, at=to, progress=progress).store.snapshot  # which must be a sound one
+        store = Store.open(local_side(path))
+        with alone(store.path, wait=LOCK_SECONDS):
+            before = past.branches(store)[branch]
+            past.reset(store, branch, found)
+        return before, found
+    before = memory.rollback(to, progress)
+    return before, memory.store.snapshot
 
 
 def _are_paths(sources: Any) -> bool:

@@ -67,7 +67,10 @@ def verify(store: Store, image: Image | None = None, progress: Progress = no_pro
     """
     found = Verification(store.snapshot)
     try:
-        store.verify(progress)
+        for name in store.damages(progress):
+            found._fault(str(store.damaged(name)))
+        if found.faults:
+            return found  # what is compared below could not be relied on
         _documents(found, store, progress)
         chunks, levels = _tree(found, store, progress)
         if image is not None:
@@ -261,6 +264,8 @@ def _differ(made: np.ndarray, stored: np.ndarray, *, exact: bool) -> np.ndarray:
 def _image(
     found: Verification, store: Store, image: Image, chunks: np.ndarray, levels: list[Level], progress: Progress
 ) -> None:
+    if not image.folder.exists():  # swept away after later edits; what is open of it goes on being read
+        return
     try:
         found.damaged_files = image.changed_files(progress=progress)
     except OSError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -12,11 +13,12 @@ from typing import Any
 
 import icechunk
 
-from treemem.errors import DamagedMemory, InputError, StoreError
+from treemem.errors import DamagedMemory, InputError
 from treemem.storage.schema import MASKED, REMOVED
 from treemem.storage.store import BUILD, MAIN, Store, guard
 
-_NAME = re.compile(r"[^\s/:\\.][^\s/:\\]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9_+=@,-][A-Za-z0-9._+=@,-]{0,99}")
+"""Names become the names of files and keys, of which stores write other characters in ways that they do not read."""
 _SNAPSHOT = re.compile(r"[0-9A-HJKMNP-TV-Z]{4,20}")
 """Icechunk's ids: Crockford's base 32; some first characters are enough where they name one."""
 
@@ -158,30 +160,38 @@ def create_tag(store: Store, name: str, snapshot: str) -> None:
     try:
         with guard(store.path):
             store.repository.create_tag(name, snapshot)
-    except StoreError as error:
+    except DamagedMemory as error:  # as which everything comes that Icechunk refuses
         raise InputError(f"{name!r}: a tag that was deleted cannot be made again; choose another name") from error
 
 
 def _check_name(store: Store, name: str) -> None:
     if not _NAME.fullmatch(name) or _SNAPSHOT.fullmatch(name) or _time(name) is not None or name == BUILD:
         raise InputError(
-            f"{name!r} is no name: use up to 100 characters without spaces, slashes, colons, not an id or a time"
+            f"{name!r} is no name: use up to 100 of A-Z a-z 0-9 . _ + = @ , - that do not begin with a dot and are not "
+            "an id or a time"
         )
     if name in branches(store) or name in tags(store):
         raise InputError(f"{name!r}: there is a branch or tag of this name already")
 
 
-def delete(store: Store, name: str) -> None:
-    """Remove a branch or a tag; its snapshots stay as long as something else leads to them."""
+def delete(store: Store, name: str, kind: str | None = None) -> None:
+    """Remove a branch or a tag; its snapshots stay as long as something else leads to them.
+
+    Raises InputError where there is none of this name, or it is not of the `kind`, `branch` or `tag`.
+    """
     if name == MAIN:
         raise InputError(f"{MAIN!r} is the branch that a memory is opened at; it cannot be removed")
     with guard(store.path):
-        if name in store.repository.list_branches() - {BUILD}:
-            store.repository.delete_branch(name)
-        elif name in store.repository.list_tags():
-            store.repository.delete_tag(name)
-        else:
+        is_branch = name in store.repository.list_branches() - {BUILD}
+        if not is_branch and name not in store.repository.list_tags():
             raise InputError(f"{store.name} has no branch or tag {name!r}; see: treemem history")
+        if kind is not None and is_branch != (kind == "branch"):
+            other = "tag" if kind == "branch" else "branch"
+            raise InputError(f"{name!r} is a {other}; to remove it: treemem {other} {store.name} {name} --delete")
+        if is_branch:
+            store.repository.delete_branch(name)
+        else:
+            store.repository.delete_tag(name)
 
 
 def reset(store: Store, branch: str, snapshot: str) -> None:
@@ -205,15 +215,26 @@ def diff(before: Store, after: Store) -> Difference:
 
 def _contents(store: Store) -> dict[str, tuple[bytes, bool]]:
     """Hash, and whether it is masked, of every document by id."""
+    return {record["id"]: (own, masked) for record, own, masked in _records(store)}
+
+
+def _records(store: Store) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
+    """Of every document its record, its hash, and whether it is masked."""
     records, ends = store.read("documents/records").tobytes(), store.read("documents/record_ends")
     hashes, status = store.read("documents/hashes"), store.read("documents/status")
-    out = {}
     begin = 0
     for end, own, state in zip(ends.tolist(), hashes, status.tolist(), strict=True):
         if state != REMOVED:
-            out[json.loads(records[begin:end])["id"]] = own.tobytes(), state == MASKED
+            yield json.loads(records[begin:end]), own.tobytes(), state == MASKED
         begin = end
-    return out
+
+
+def meeting(store: Store, holds: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """The ids of the documents of all branches and tags whose records meet a condition."""
+    found: dict[str, None] = {}
+    for snapshot in {**branches(store), **tags(store)}.values():
+        found.update((record["id"], None) for record, _, _ in _records(store.at(snapshot)) if holds(record))
+    return list(found)
 
 
 def holding(store: Store, ids: Sequence[str]) -> dict[str, set[str]]:
@@ -230,9 +251,7 @@ def holding(store: Store, ids: Sequence[str]) -> dict[str, set[str]]:
 def remembered(store: Store, ids: Sequence[str]) -> set[str]:
     """Which of some documents a snapshot holds, those included that nothing leads to any more."""
     wanted = set(ids)
-    names = _reachable(store)
-    with guard(store.path), suppress(FileNotFoundError):  # a remote one is asked for what its history leads to
-        names |= {file.name for file in (store.path / "store" / "snapshots").iterdir()}
+    names = _reachable(store) | _stored(store)
     found: set[str] = set()
     for name in sorted(names):
         with suppress(DamagedMemory):  # the empty snapshot that all begin with
@@ -240,20 +259,41 @@ def remembered(store: Store, ids: Sequence[str]) -> set[str]:
     return found
 
 
-def expire(store: Store) -> tuple[list[str], int]:
-    """Remove all snapshots that are no branch's tip and have no tag, with the bytes that only they used.
+def _stored(store: Store) -> set[str]:
+    """The ids of all snapshots that a store on this disk holds, those included that nothing leads to any more."""
+    with guard(store.path), suppress(FileNotFoundError):  # a remote one is not asked for what it stores
+        return {file.name for file in (store.path / "store" / "snapshots").iterdir() if "#" not in file.name}
+    return set()
+
+
+def moment_between() -> datetime:
+    """A moment that all that was stored lies before, and all that will be stored behind.
+
+    It is the end of this second, which is waited for: object storage tells whole seconds. The clocks of machines that
+    write at once are taken to agree by a second.
+    """
+    moment = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+    while (left := (moment - datetime.now(UTC)).total_seconds()) > 0:
+        time.sleep(left)
+    return moment
+
+
+def expire(store: Store, before: datetime) -> tuple[list[str], int]:
+    """Remove all older snapshots that are no branch's tip and have no tag, with the bytes that only they used.
+
+    Another machine's edit may have stored something before that moment that no snapshot has yet: every branch must
+    have been committed to since, so that it is made again.
 
     Returns the ids of the snapshots that are gone, and how many bytes were collected.
     """
     with guard(store.path):
         kept = {*branches(store).values(), *tags(store).values()}
-        before = _all_snapshots(store.repository, kept)
-        now = datetime.now(UTC) + timedelta(seconds=1)
-        store.repository.expire_snapshots(now)
-        summary = store.repository.garbage_collect(now)
+        there = _all_snapshots(store.repository, kept) | _stored(store)
+        store.repository.expire_snapshots(before)
+        summary = store.repository.garbage_collect(before)
         _remove_staged(store)
-        after = _all_snapshots(store.repository, kept)
-        return sorted(before - after), int(summary.bytes_deleted)
+        left = _all_snapshots(store.repository, kept) | _stored(store)
+        return sorted(there - left), int(summary.bytes_deleted)
 
 
 def _remove_staged(store: Store) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -108,6 +108,11 @@ def _explained(path: Path, error: Exception) -> StoreError:
         return StoreError(f"{named(path)}: permission denied; check who owns the folder and whether it may be written")
     lines = [line.strip(" |\n").removeprefix("x ") for line in text.splitlines() if line.strip(" |\n")]
     reason = lines[0][:200] if lines else type(error).__name__
+    if "snapshot" in reason.lower() and "not found" in reason.lower():
+        return DamagedMemory(
+            f"{named(path)}: its snapshot is not there any more ({reason}); open the memory again, since forget "
+            "removes older ones, or restore the folder from a copy"
+        )
     if isinstance(error, zarr.errors.NodeNotFoundError):  # also an OSError, of zarr's own making
         reason = "arrays are missing"
     elif isinstance(error, OSError):
@@ -375,6 +380,8 @@ class Store:
             writer = Writer(root, root.attrs["digests"]["arrays"])
             yield writer
             close(writer)
+            if not session.has_uncommitted_changes:  # Icechunk makes no commit of nothing
+                root.attrs["touched"] = datetime.now(UTC).isoformat()
             snapshot = session.commit(message, None if metadata is None else {"treemem": metadata})
             if self._snapshot is not None:
                 self._snapshot = snapshot
@@ -469,25 +476,32 @@ class Store:
         return config, weights
 
     def verify(self, progress: Progress = no_progress) -> None:
-        """Compare every array with the digest that was recorded when the memory was finished.
+        """Raise DamagedMemory for the first array that is not what was written."""
+        for name in self.damages(progress):
+            raise self.damaged(name)
+
+    def damages(self, progress: Progress = no_progress) -> Iterator[str]:
+        """The arrays that do not have the digest that was recorded when they were written, or cannot be read.
 
         Storage chunks have checksums of their own; this also notices damage to the files that say where they are.
 
-        Raises DamagedMemory.
+        Raises DamagedMemory where not even the names of the arrays can be read.
         """
         with guard(self.path, _METADATA_DAMAGE):
             root = self._root()
             expected = root.attrs.asdict()["digests"]["arrays"]
-            for name in expected.keys() - set(_array_names(root)):
-                raise self.damaged(name)
-            arrays = {name: root[name] for name in sorted(expected)}
-            total = sum(array.nbytes for array in arrays.values()) / 1e6
-            done = 0.0
-            for name, array in arrays.items():
-                progress("checking (MB)", done, total)
-                if digest(array) != expected[name]:
-                    raise self.damaged(name)
-                done += array.nbytes / 1e6
+            there = set(_array_names(root))
+            arrays = {name: root[name] for name in sorted(there & expected.keys())}
+        yield from sorted(expected.keys() - there)
+        done, total = 0.0, sum(array.nbytes for array in arrays.values()) / 1e6
+        for name, array in arrays.items():
+            progress("checking (MB)", done, total)
+            same = False
+            with suppress(DamagedMemory), guard(self.path, _METADATA_DAMAGE):
+                same = digest(array) == expected[name]
+            if not same:
+                yield name
+            done += array.nbytes / 1e6
 
     def damaged(self, what: str) -> DamagedMemory:
         """What to raise where `what` is not as it was written."""

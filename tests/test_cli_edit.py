@@ -64,7 +64,8 @@ def test_a_memory_is_edited_from_the_command_line(run: Run, memory: Path, notes:
     assert run("unmask", memory, "--where", 'kind == "mail"').out.startswith("1 unmasked")
     assert best(run, memory)[0] == "key"
     told = run("history", memory).out
-    assert "two notes" in told
+    assert "two notes (2 added, 2 chunks added)" in told
+    assert "1 masked (" not in told
     assert "main" in told
     snapshots = asked(run, "history", memory)["snapshots"]
     assert [own["message"] for own in snapshots[:3]] == ["1 unmasked", "1 masked", "two notes"]
@@ -77,7 +78,7 @@ def test_a_memory_is_edited_from_the_command_line(run: Run, memory: Path, notes:
     assert run("remove", memory, "key", "heron").out.startswith("2 removed, 2 chunks removed")
     back = run("rollback", memory, snapshots[0]["id"]).out
     assert best(run, memory)[0] == "key"
-    assert re.search("to go back there: treemem rollback", back.replace("\n", " "))
+    assert re.search(r"to go back there: treemem rollback \S+ [0-9A-Z]{20}$", back.strip())
 
 
 def test_branches_and_tags(run: Run, memory: Path, notes: Path) -> None:
@@ -88,6 +89,14 @@ def test_branches_and_tags(run: Run, memory: Path, notes: Path) -> None:
     assert best(run, memory, "--at", "draft")[0] == "key"
     assert "key" not in best(run, memory)
     assert "key" not in best(run, memory, "--at", "v1")
+    assert run("add", memory, notes, "--branch", "draft").out.startswith("nothing changed")
+    back = run("rollback", memory, "v1", "--branch", "draft").out.split("to go back there: treemem ")[1].split()
+    assert back[-2:] == ["--branch", "draft"]
+    assert run(*back).code == 0
+    assert best(run, memory, "--at", "draft")[0] == "key"
+    assert "key" not in best(run, memory)
+    assert "'draft' is a branch; to remove it: treemem branch" in run("tag", memory, "draft", "--delete").error
+    assert "'v1' is a tag; to remove it: treemem tag" in run("branch", memory, "v1", "--delete").error
     assert run("branch", memory, "draft", "--delete").out.split()[0] == "main"
     assert run("search", memory, "x", "--at", "draft").error.startswith(f"{memory} has no branch, tag or snapshot")
 

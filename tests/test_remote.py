@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from treemem.errors import Conflict, InputError, NotAMemory, StoreError
 from treemem.hierarchy import build as building
 from treemem.hierarchy import memory as module
 from treemem.hierarchy.memory import Memory
+from treemem.storage import store as stores
 from treemem.storage.remote import local_side, named, url_of
 
 __all__ = ["run"]
@@ -145,6 +147,34 @@ def test_what_is_forgotten_leaves_the_bucket(place: Place) -> None:
     for own in client.list_objects_v2(Bucket="bucket", Prefix="six/")["Contents"]:
         assert b"Zebedee" not in client.get_object(Bucket="bucket", Key=own["Key"])["Body"].read()
     assert memory.verify().faults == []
+
+
+def test_forgetting_beside_a_writer_on_another_machine(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other has stored, and no snapshot has yet, is collected: its edit is made again on the new tip."""
+    url = place.url("nine")
+    one = built(url)
+    one.add([replace(DOCUMENTS[30], id="secret")])
+    one.remove(["secret"])
+    monkeypatch.setenv("TREEMEM_CACHE", str(tmp_path / "elsewhere"))
+    two = Memory.open(url, encoder=ENCODER)
+    real, done = stores.close, []
+
+    def late(writer: Any) -> None:
+        real(writer)
+        if not done:
+            done.append("begun")
+            time.sleep(1.1)  # so that what was stored is older than what is kept
+            done.append(one.forget(["secret"]).documents)
+
+    monkeypatch.setattr(stores, "close", late)
+    two.add(DOCUMENTS[20:24])
+    assert done == ["begun", ("secret",)]
+    monkeypatch.setenv("TREEMEM_CACHE", str(tmp_path / "a third"))
+    fresh = Memory.open(url, encoder=ENCODER)
+    assert sorted(fresh.ids()) == sorted(own.id for own in DOCUMENTS[:24])
+    assert fresh.verify().faults == []
 
 
 def test_readers_beside_a_writer(place: Place) -> None:

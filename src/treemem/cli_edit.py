@@ -108,6 +108,7 @@ def unmask(
 @app.command()
 def history(memory: MemoryPath, at: At = None, as_json: AsJson = False) -> None:
     """The snapshots of a memory, newest first."""
+    from treemem.hierarchy.edits import told
     from treemem.storage.history import history as snapshots
     from treemem.storage.history import resolve
     from treemem.storage.remote import local_side
@@ -119,11 +120,12 @@ def history(memory: MemoryPath, at: At = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"snapshots": [own.to_json() for own in found]})
         return
-    table = Table(box=None, show_header=False)
     for own in found:
         moment = f"{own.time.astimezone():%Y-%m-%d %H:%M:%S}"
-        table.add_row(own.id, moment, f"[cyan]{shown(', '.join(own.names))}[/]", shown(own.message))
-    out.print(table)
+        names = f" [cyan]{shown(', '.join(own.names))}[/]" if own.names else ""
+        counts = told(own.changes)  # which a message of one's own says nothing of
+        after = f" [dim]({counts})[/]" if counts and counts != own.message else ""
+        out.print(f"{own.id}  {moment} {names} {shown(own.message)}{after}", soft_wrap=True)
 
 
 @app.command()
@@ -161,16 +163,17 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Put a branch back at an older snapshot."""
-    from treemem import Memory
+    from treemem.hierarchy.memory import rollback_memory
+    from treemem.storage.store import MAIN
 
     with progress_of(as_json) as progress:
-        opened = Memory.open(memory, at=branch, progress=progress)
-        before = opened.rollback(to, progress)
+        before, snapshot = rollback_memory(memory, to, branch, progress)
     if as_json:
-        print_json({"branch": branch, "snapshot": opened.store.snapshot, "before": before})
+        print_json({"branch": branch, "snapshot": snapshot, "before": before})
         return
-    out.print(f"{shown(branch)} is at {opened.store.snapshot} now. It was at {before}; to go back there: "
-              f"treemem rollback {escape(str(memory))} {before}", soft_wrap=True)  # fmt: skip
+    there = "" if branch == MAIN else f" --branch {shown(branch)}"
+    out.print(f"{shown(branch)} is at {snapshot} now. It was at {before}; to go back there: "
+              f"treemem rollback {escape(str(memory))} {before}{there}", soft_wrap=True)  # fmt: skip
 
 
 @app.command()
@@ -205,7 +208,7 @@ def _names(memory: str, name: str | None, at: str | None, delete: bool, as_json:
     store = Store.open(local_side(memory))
     store.require_finished()
     if name is not None and delete:
-        past.delete(store, name)
+        past.delete(store, name, "branch" if kind == "branches" else "tag")
     elif name is not None:
         make = past.create_branch if kind == "branches" else past.create_tag
         make(store, name, past.resolve(store, at or MAIN).snapshot)
@@ -290,4 +293,4 @@ def _edit(
 
 def _print_edit(done: EditReport) -> None:
     out.print(f"{done.message()}{f', {len(done.unchanged):,} as they were' if done.unchanged else ''}. "
-              f"Snapshot {done.snapshot}")  # fmt: skip
+              f"Snapshot {done.snapshot}", soft_wrap=True)  # fmt: skip

@@ -19,10 +19,12 @@ from tests.fakes import FakeEncoder, documents
 from treemem.config import MODES, SearchConfig, TreeConfig
 from treemem.errors import DamagedMemory, InputError, OutOfSpace, StoreError, TreememError
 from treemem.hierarchy import edits
-from treemem.hierarchy.memory import Memory
+from treemem.hierarchy.memory import Memory, rollback_memory
+from treemem.hierarchy.segment import cut
 from treemem.hierarchy.verify import verify
 from treemem.storage import change as changes
 from treemem.storage import follow as following
+from treemem.storage import history as past
 from treemem.storage import image as image_module
 from treemem.storage.files import map_npy
 from treemem.storage.follow import VECTORS
@@ -549,9 +551,21 @@ def test_branches_and_tags(memory: Memory) -> None:
     for name in ("main", "nobody"):
         with pytest.raises(InputError):
             memory.delete(name)
-    for name in ("", "a b", "2024-01-01", "main", "a/b", ".hidden", "ABCDEFGHJK", "build"):
-        with pytest.raises(InputError):
-            memory.branch(name)
+    # A store on disk writes other characters in ways that it does not read: the memory could not be opened any more.
+    unusual = ["entwürfe", "名前", *(f"a{character}" for character in '"#%*<>?[]^`{|}~\t\x00'), "n" * 101]
+    for name in ("", "a b", "2024-01-01", "main", "a/b", ".hidden", "ABCDEFGHJK", "build", *unusual):
+        for make in (memory.branch, memory.tag):
+            with pytest.raises(InputError):
+                make(name)
+    for name in ("v1.0_rc-2+x=@y,z", "n" * 100):
+        memory.branch(name)
+        memory.tag(f"t{name[1:]}")
+        assert Memory.open(memory.store.path, at=name, encoder=ENCODER).store.branch == name
+        assert Memory.open(memory.store.path, at=f"t{name[1:]}", encoder=ENCODER).ids() == memory.ids()
+    assert set(memory.branches()) == {"main", "v1.0_rc-2+x=@y,z", "n" * 100}
+    memory.delete("t1.0_rc-2+x=@y,z")
+    with pytest.raises(InputError, match="a tag that was deleted cannot be made again"):
+        memory.tag("t1.0_rc-2+x=@y,z")
     with pytest.raises(InputError, match="no branch, tag or snapshot"):
         Memory.open(memory.store.path, at="nothing")
 
@@ -567,6 +581,8 @@ def test_what_is_forgotten_is_nowhere(memory: Memory) -> None:
     done = memory.forget(["secret"])
     assert done.documents == ("secret",)
     assert done.tags == ("with-secret",)
+    for name in ("main", "other"):  # what another machine had begun on any branch is made again
+        assert Memory.open(memory.store.path, at=name, encoder=ENCODER).history()[0].message.startswith("1 removed")
     assert len(done.snapshots) >= 3
     assert done.bytes > 0
     assert "secret" not in memory.ids()
@@ -594,6 +610,112 @@ def test_what_was_removed_before_can_be_forgotten(memory: Memory) -> None:
     with pytest.raises(InputError, match="in no branch or tag"):
         memory.forget([DOCUMENTS[0].id])
     sound(memory)
+
+
+def test_what_is_forgotten_by_a_condition_is_looked_for_on_all_branches(memory: Memory) -> None:
+    memory.branch("draft")
+    draft = Memory.open(memory.store.path, at="draft", encoder=ENCODER)
+    draft.add([Document("secret", "The quokka Zebedee hides under the veranda.", "Q", {"kind": "secret"})])
+    done = memory.forget(where='kind == "secret"')
+    assert done.documents == ("secret",)
+    assert "secret" not in Memory.open(memory.store.path, at="draft", encoder=ENCODER).ids()
+    assert memory.forget(where='kind == "secret"').documents == ()
+
+
+def test_snapshots_that_a_rollback_left_are_told_when_they_are_gone(memory: Memory) -> None:
+    first = memory.store.snapshot
+    memory.add([Document("secret", "The quokka Zebedee hides under the veranda.")])
+    left = memory.store.snapshot
+    memory.rollback(first)
+    assert {first, left} <= set(memory.forget(["secret"]).snapshots)
+
+
+def test_a_tag_that_is_made_while_something_is_forgotten_keeps_nothing(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.add([Document("secret", "The quokka Zebedee hides under the veranda.")])
+    old, real = memory.store.snapshot, past.expire
+
+    def late(store: Any, moment: Any) -> Any:
+        if not past.tags(store):
+            past.create_tag(store, "keep", old)
+        monkeypatch.setattr(past, "expire", real)
+        return real(store, moment)
+
+    monkeypatch.setattr(past, "expire", late)
+    done = memory.forget(["secret"])
+    assert done.tags == ("keep",)
+    assert old in done.snapshots
+    assert memory.tags() == {}
+    for file in memory.store.path.rglob("*"):
+        assert not file.is_file() or b"Zebedee" not in file.read_bytes(), file
+
+
+def test_forgetting_keeps_what_is_known_of_edits(memory: Memory) -> None:
+    memory.add(DOCUMENTS[60:70])
+    before = memory.info().edited
+    memory.forget([DOCUMENTS[60].id])
+    memory.forget([DOCUMENTS[61].id])
+    own = memory.image
+    gone = sum(len(cut(DOCUMENTS[n].text, ENCODER.token_spans, memory.config.chunk_tokens, "en")) for n in (60, 61))
+    assert memory.info().edited == pytest.approx((before * (own.chunks + gone) + gone) / own.chunks)
+    memory.compact()
+    assert memory.info().edited == 0
+
+
+def test_the_same_files_by_another_path_are_unchanged(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("bees", "key"):
+        (tmp_path / "notes" / f"{name}.txt").write_text(f"The {name} of the harbour lies under the third flower pot.")
+    monkeypatch.chdir(tmp_path)
+    assert len(memory.add("notes").added) == 2
+    for path in (tmp_path / "notes", "./notes", "notes/../notes", str(tmp_path / "notes" / "*.txt")):
+        done = memory.add(path)
+        assert (len(done.unchanged), done.added, done.replaced) == (2, (), ()), path
+    (tmp_path / "notes" / "key.txt").write_text("The key is lost.")
+    assert memory.add(tmp_path / "notes").replaced == ("key.txt",)
+    # Of documents that are given as such the source counts like everything else.
+    own = memory.document("key.txt")
+    assert memory.add(replace(own, metadata={**own.metadata, "source": "elsewhere"})).replaced == ("key.txt",)
+
+
+def test_what_is_masked_for_a_while_stays_hidden_when_others_write(memory: Memory) -> None:
+    other = Memory.open(memory.store.path, encoder=ENCODER)
+    hidden = DOCUMENTS[3]
+    with memory.masked([hidden.id]):
+        other.add(DOCUMENTS[60:61])
+        assert not memory.refresh()
+        assert hidden.id not in [hit.document.id for hit in memory.search(hidden.text[:70], k=50).hits]
+    assert memory.refresh()
+    assert DOCUMENTS[60].id in memory.ids()
+    assert memory.verify().faults == []
+
+
+def test_a_damaged_tip_can_be_left(memory: Memory) -> None:
+    """Its serving image is gone and its store damaged: an older snapshot is sound, and the branch goes back to it."""
+    good = memory.store.snapshot
+    chunks = memory.store.path / "store" / "chunks"
+    before = set(chunks.iterdir())
+    memory.add(DOCUMENTS[60:62])
+    for file in set(chunks.iterdir()) - before:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    shutil.rmtree(memory.store.path / "cache")
+    with pytest.raises(DamagedMemory):
+        Memory.open(memory.store.path, encoder=ENCODER)
+    assert rollback_memory(memory.store.path, good) == (memory.store.snapshot, good)
+    again = Memory.open(memory.store.path, encoder=ENCODER)
+    assert again.store.snapshot == good
+    sound(again)
+
+
+def test_a_reader_whose_image_was_swept_is_no_damage(memory: Memory) -> None:
+    reader = Memory.open(memory.store.path, encoder=ENCODER)
+    for number in range(7):
+        memory.add(DOCUMENTS[60 + number : 61 + number])
+    assert not reader.image.folder.exists()
+    assert reader.verify().faults == []
 
 
 @pytest.mark.parametrize("moment", ["expire_snapshots", "garbage_collect"])

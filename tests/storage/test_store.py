@@ -32,6 +32,7 @@ from treemem.errors import (
     UnfinishedMemory,
 )
 from treemem.hierarchy.build import build
+from treemem.hierarchy.verify import verify
 from treemem.storage.levels import Level, Spread
 from treemem.storage.store import NewDocument, Store, document_hash, document_record, guard, storable
 from treemem.types import Document
@@ -428,6 +429,18 @@ def test_verify_names_the_array(tmp_path: Path, finished: Path) -> None:
     session.commit("settings changed behind its back")
     with pytest.raises(DamagedMemory, match="the memory's settings"):
         store.info()
+
+
+def test_verify_names_every_array_that_cannot_be_read(tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "m")
+    for file in (tmp_path / "m" / "store" / "chunks").iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    store = Store.open(tmp_path / "m")
+    found = list(store.damages())
+    assert {"chunks/encodings", "levels/2/vectors"} <= set(found)
+    told = verify(store)
+    assert [name for name in found if not any(name in fault for fault in told.faults)] == []
+    assert all("is not what was written; restore the folder" in fault for fault in told.faults)
 
 
 def test_what_info_gives_may_be_changed(finished: Path) -> None:
