@@ -24,7 +24,7 @@ from treemem.storage.levels import as_float32
 M, CONSTRUCTION = 32, 200
 EFS = (16, 32, 64, 128)
 AS_IT_COMES = 40  # faiss's efConstruction where none is named
-BEAMS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128)
+BEAMS = (16, 24, 32, 40, 48, 52, 56, 60, 64, 72, 80, 88, 96, 112, 128)
 BLOCK = 50  # queries that one method answers before the next one's turn
 BATCH = 256
 REFERENCE = 64  # the ef whose hit@10 is to be reached
