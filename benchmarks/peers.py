@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5, help="how often the batches are searched")
     parser.add_argument("--scratch", type=Path, default=Path("peers"), help="where the graphs are kept")
+    parser.add_argument("--name", default="peers", help="of the result")
     options = parser.parse_args()
     memory = Memory.open(options.memories / options.set)
     asked = load_set(options.data / options.set, split="dev,train").sample(options.queries, options.seed).queries
@@ -200,7 +201,7 @@ def main() -> None:
         }
         print(peer.name, reached[peer.name], flush=True)
     figures = {"set": options.set, "chunks": memory.image.chunks, "graphs": built, "rows": rows}
-    save("peers", {**figures, "equal hit@10": reached}, options)
+    save(options.name, {**figures, "equal hit@10": reached}, options)
 
 
 if __name__ == "__main__":
