@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,19 @@ from common import percentiles, save
 
 GROUP = Path("/sys/fs/cgroup/memory/treemem-benchmark")  # version 1 of control groups; needs root
 QUERIES, BEAM, K = 500, 32, 10
+PAGES, AT_ONCE = 20_000, (1, 16, 64)
 
 
 def resident() -> int:
     """Bytes of this process that are no file's."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
     return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def read_so_far() -> int:
+    """Bytes that this process has had the disk read."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text("utf-8").splitlines())
+    return int(lines["read_bytes"])
 
 
 def forget(folder: Path) -> None:
@@ -51,17 +60,38 @@ def walk(folder: str, sizes: list[int], share: float | None, queue: Any) -> None
     blocks = tree.levels[-1]
     queries = blocks.rows[chosen] * blocks.scales[chosen, None] + rng.normal(0, 0.02, (2 * QUERIES, tree.dimension))
     levels = np.stack([queries.astype(np.float32)[:, None]] * tree.depth)
-    cpu.search(tree, levels[:, :1], BEAM, K)
+    cpu.search(tree, levels[:, :1], BEAM, K)  # compiled, and the tree checked
     limit = None
     if share is not None:
         limit = resident() + int(share * total)
         (GROUP / "memory.limit_in_bytes").write_text(str(limit))
     seconds = []
     for number in range(2 * QUERIES):
+        if number == QUERIES:
+            read = read_so_far()
         begin = time.perf_counter()
         cpu.search(tree, levels[:, number : number + 1], BEAM, K)
         seconds.append(time.perf_counter() - begin)
-    queue.put({"files_bytes": total, "limit_bytes": limit, **percentiles(seconds[QUERIES:])})
+    read = (read_so_far() - read) // QUERIES
+    queue.put(
+        {"files_bytes": total, "limit_bytes": limit, "bytes_read_a_query": read, **percentiles(seconds[QUERIES:])}
+    )
+
+
+def pages_a_second(folder: Path, at_once: int) -> int:
+    """How many pages of a file, here and there, the disk hands out a second to so many who ask at once."""
+    forget(folder)
+    file = max(folder.glob("level-*.npy"), key=lambda file: file.stat().st_size)
+    handle = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+    pages = file.stat().st_size // mmap.PAGESIZE
+    chosen = np.random.default_rng(0).choice(pages, min(PAGES, pages), replace=False).tolist()
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(lambda page: os.pread(handle, mmap.PAGESIZE, page * mmap.PAGESIZE), chosen))
+    seconds = time.perf_counter() - begin
+    os.close(handle)
+    return int(len(chosen) / seconds)
 
 
 def main() -> None:
@@ -84,7 +114,10 @@ def main() -> None:
         print(name, json.dumps(rows[name]), flush=True)
     GROUP.rmdir()
     one, two = (rows[name]["ms_p50"] for name in rows)
-    save("larger_than_ram", {"sizes": options.sizes, "rows": rows, "p50 ratio": round(two / one, 1)}, options)
+    disk = {str(number): pages_a_second(options.tree, number) for number in AT_ONCE}
+    print("pages a second by how many ask at once:", disk)
+    figures = {"sizes": options.sizes, "rows": rows, "p50 ratio": round(two / one, 1), "disk pages a second": disk}
+    save("larger_than_ram", figures, options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,11 @@ def times(calls: list[Any], questions: int) -> list[list[float]]:
 
 
 def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sources: np.ndarray, levels: np.ndarray,
-               texts: list[str]) -> dict[str, Any]:  # fmt: skip
-    """One walk by both signals beside a walk and the inverted index's best, on the words of the real chunks."""
+               texts: list[str], right: np.ndarray) -> dict[str, Any]:  # fmt: skip
+    """One walk by both signals beside a walk and the inverted index's best, on the words of the real chunks.
+
+    `right`: the chunk that each question was drawn around; others with the words of the same real chunk count as well.
+    """
     words = build_lexical(folder, (image.chunk_text(int(source)) for source in sources), len(sources), "en")
     lexical = Lexical(folder, "en", len(sources), words)
     begin = time.perf_counter()
@@ -97,26 +100,31 @@ def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sour
     seconds = time.perf_counter() - begin
     signatures = read_signatures(folder, tree)
 
-    def both(number: int) -> None:
+    def both(number: int) -> np.ndarray:
         known = lexical.query(texts[number])
         ends = np.array([0, len(known.terms)])
         words = Words(lexical.index, signatures, ends, known.terms, known.weights, BM25_WEIGHT)
-        cpu.search(tree, levels[:, number, None, None], BEAM, 64, words=words)
+        return cpu.search(tree, levels[:, number, None, None], BEAM, 64, words=words).chunks[0, :K]
 
-    def apart(number: int) -> None:
+    def apart(number: int) -> np.ndarray:
         known = lexical.query(texts[number])
         found = cpu.search(tree, levels[:, number, None, None], BEAM, BEAM * 32).chunks[0]
         best, _ = lexical.best(known, BM25_BEST)
         chunks = np.union1d(found[found >= 0], best).astype(np.int32)
         cosines = cpu.score_chunks(tree, levels[-1, number, None, None], chunks[None])[0]
         sums = cpu.bm25_scores(lexical.index, known.terms, known.weights, chunks)
-        np.argsort(-(cosines + BM25_WEIGHT * sums / max(sums.max(), 1e-9)))
+        order = np.argsort(-(cosines + BM25_WEIGHT * sums / max(sums.max(), 1e-9)))
+        return np.asarray(chunks[order[:K]])
+
+    def hits(call: Callable[[int], np.ndarray]) -> dict[str, float]:
+        found = np.stack([sources[call(number)] == sources[right[number]] for number in range(len(texts))])
+        return {"hit@1": round(float(found[:, 0].mean()), 4), "hit@10": round(float(found.any(1).mean()), 4)}
 
     one, two = times([both, apart], len(texts))
     size = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     return {
-        "signatures": percentiles(one),
-        "walk and inverted index": percentiles(two),
+        "signatures": {**percentiles(one), **hits(both)},
+        "walk and inverted index": {**percentiles(two), **hits(apart)},
         "time ratio": round(float(np.median(np.divide(one, two))), 3),
         "write_signatures_seconds": round(seconds, 1),
         "bytes": {
@@ -221,7 +229,7 @@ def main() -> None:
         }
         if count <= options.words:
             given = [texts[int(sources[chunk])] for chunk in chosen]
-            own["words"] = with_words(options, memory.image, folder, tree, sources, asked, given)
+            own["words"] = with_words(options, memory.image, folder, tree, sources, asked, given, chosen)
         sizes[str(count)] = own
         print(count, own, flush=True)
         del tree, vectors

@@ -321,7 +321,7 @@ class Searcher:
         Nodes: see `treemem.storage.levels.Spread`. Then come the rankers, where they are trained.
         """
         depth = self.image.tree.depth
-        asked = self.image.asked(vectors)
+        asked = self.image.asked(vectors, self.kernels)
         if self.hierarchy is not None:
             for level in range(1, depth + 1):
                 asked[depth - level] = self.hierarchy.rank(level, asked[depth - level])

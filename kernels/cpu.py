@@ -50,8 +50,11 @@ THREADS = "TREEMEM_THREADS"
 
 _AHEAD = 24  # rows asked for before they are scored
 _LINE = 64  # bytes that memory hands out at once
+_SOME = 64  # rows that are scored for all embeddings of a query while they are in the innermost cache
 _BLOCK = 512  # rows that exact search compares with every query while they are in the cache
+_FEW = 192  # keys that are ranked by comparing each with each
 _NO_KEY = np.iinfo(np.int64).max  # worse than any key
+_MASKED = np.int32(np.iinfo(np.int32).max)  # worse than the order of any score
 
 # Columns of the table that describes a tree to compiled code, one line per level.
 _ROWS, _SCALES, _UPPER, _UPPER_SCALES, _IDS, _OFFSETS, _ENTRIES, _PARENTS, _SIZE, _LARGEST, _PAGED = range(11)
@@ -90,9 +93,9 @@ def search(
     ids, values = np.empty((2, batch, k), np.int32), np.empty((3, batch, k), np.float32)
     best, scored = np.empty(batch, np.float32), np.empty(batch, np.int64)
     near = min(2 * beside * beam, tree.sizes[-1])
-    twice = np.array([refined(beam), refined(max(k, beam if beside else 1))])
+    twice = refined(beam), refined(max(k, beam if beside else 1))
     asked = _NO_WORDS if words is None else _asked(tree, words)
-    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, twice)
+    given = (prepared.table, _addresses(masks, depth), _readonly(queries), beam, k, *twice)
     rooms = (prepared.capacity(beam), near)
     documents = (_readonly(_NO_ENDS if ends is None else ends), beside)
     results: Any = (nodes, node_scores, ids, values, best, scored)
@@ -243,6 +246,8 @@ def _addresses(masks: Masks | None, depth: int) -> NDArray[np.int64]:
 
 def _readonly(array: NDArray[Any]) -> NDArray[Any]:
     """A view that cannot be written: memory maps and arrays then share one compilation."""
+    if type(array) is np.ndarray and not array.flags.writeable:
+        return array
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
@@ -367,9 +372,26 @@ def _advising(_: Any, address: Any, size: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
+def _copying(_: Any, to: Any, source: Any, size: Any) -> Any:
+    """A compiled function that copies bytes from one address to another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, source, size = arguments
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, size.type, ir.IntType(1)])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.memcpy.p0.p0.i64")
+        places = builder.inttoptr(to, byte), builder.inttoptr(source, byte)
+        builder.call(function, [*places, size, ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 _prefetch: Any = intrinsic(_prefetching)
+_copy: Any = intrinsic(_copying)
 _advise: Any = intrinsic(_advising)
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
+_int16_at = _pointer(types.int16)
 
 
 def _byte_products() -> bool:
@@ -382,96 +404,193 @@ def _byte_products() -> bool:
 _BYTE_PRODUCTS = _byte_products()
 
 
-def _dotting(_: Any, row: Any, query: Any, pieces: Any) -> Any:
-    """A compiled function: the sum of `half * query` over pieces of 64 components, for a row's upper halves.
+def _load(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
-    It is built from LLVM's vectors since the loop written out in Python is not vectorised. With AVX-512 VNNI a piece is
-    one load, vpand and vgf2p8affineqb (the two halves; vpsrlw and vpand where there is no GFNI), and 2 x vpdpbusd (32
-    products with the query, added in fours to int32), on 256-bit registers, as seen on Zen 4 in the assembly of
-    `_meet`. Elsewhere the halves and the query are widened to int16, multiplied and added
-    (vpmullw and vpaddw on x86-64), 16 products of at most 15 * 127 in a lane before the lanes go over to int32.
+
+def _called(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """A call of one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _fours_by_bytes(builder: Any, rows: Any, query: Any, size: Any, dots: Any, *, whole: bool) -> None:
+    """The products of four rows with a query, by AVX-512 VNNI; see `_upper_products` and `_row_products`.
+
+    Taken together, so that a piece of the query is loaded once for the four, and their sums are added up at once. A
+    piece of a row is one load, vpand and vgf2p8affineqb (its two halves; vpsrlw and vpand where there is no GFNI) or,
+    of a whole row, vpxor, and 2 x vpdpbusd (32 products with the query, added in fours to int32), on 256-bit registers.
+    """
+    counter, number = ir.IntType(64), ir.IntType(32)
+    packed, eight = ir.VectorType(ir.IntType(8), 32), ir.VectorType(number, 8)
+
+    def constant(kind: Any, value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    def picked(one: Any, other: Any, *places: int) -> Any:
+        return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(number, len(places)), list(places)))
+
+    # Two sums a row: an addition waits some cycles for the one before it.
+    totals = [[cgutils.alloca_once_value(builder, constant(eight, 0)) for _ in range(2)] for _ in rows]
+    for total in (one for pair in totals for one in pair):
+        builder.store(constant(eight, 0), total)
+
+    def add_piece(piece: Any, load: Callable[[Any], Any]) -> None:
+        start = builder.mul(piece, counter(32))
+        at = builder.add(query, builder.mul(piece, counter(64)))
+        asked = [_load(builder, eight, builder.add(at, counter(offset))) for offset in (0, 32)]
+        for row, pair in zip(rows, totals, strict=True):
+            values = load(builder.add(row, start))
+            if whole:
+                unsigned = builder.xor(values, constant(packed, 0x80))  # the value + 128
+                factors = [unsigned, unsigned]
+            else:
+                factors = [builder.and_(values, constant(packed, 15)), builder.lshr(values, constant(packed, 4))]
+            for total, factor, part in zip(pair, factors, asked, strict=True):
+                given = builder.load(total), builder.bitcast(factor, eight), part
+                builder.store(_called(builder, "llvm.x86.avx512.vpdpbusd.256", eight, *given), total)
+
+    pieces = builder.udiv(size, counter(32)) if whole else size
+    with cgutils.for_range(builder, pieces) as loop:
+        add_piece(loop.index, lambda address: _load(builder, packed, address))
+    if whole:
+        left = builder.urem(size, counter(32))
+        with builder.if_then(builder.icmp_unsigned("!=", left, counter(0))):
+            # Nothing behind a row is read, which may be the last one.
+            lanes = builder.insert_element(
+                ir.Constant(packed, ir.Undefined), builder.trunc(left, ir.IntType(8)), number(0)
+            )
+            lanes = builder.shuffle_vector(lanes, lanes, constant(ir.VectorType(number, 32), 0))
+            mask = builder.icmp_unsigned("<", ir.Constant(packed, list(range(32))), lanes)
+
+            def masked(address: Any) -> Any:
+                place = builder.inttoptr(address, packed.as_pointer())
+                return _called(
+                    builder, "llvm.masked.load.v32i8.p0", packed, place, number(1), mask, constant(packed, 0)
+                )
+
+            add_piece(pieces, masked)
+    sums = []
+    for pair in totals:
+        first, second = map(builder.load, pair)
+        sums.append(builder.add(builder.shl(first, constant(eight, 7)) if whole else first, second))
+    low, high = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
+    twos = [builder.add(picked(*two, *low), picked(*two, *high)) for two in (sums[:2], sums[2:])]
+    low, high = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
+    fours = builder.add(picked(*twos, *low), picked(*twos, *high))
+    four = builder.add(picked(fours, fours, 0, 1, 2, 3), picked(fours, fours, 4, 5, 6, 7))
+    builder.store(four, builder.inttoptr(dots, four.type.as_pointer()), align=4)
+
+
+def _upper_by_words(builder: Any, row: Any, query: Any, pieces: Any) -> Any:
+    """The product of a row's upper halves with a query where there is no AVX-512 VNNI.
+
+    The halves and the query are widened to int16, multiplied and added (vpmullw and vpaddw on x86-64), 16 products of
+    at most 15 * 127 in a lane before the lanes go over to int32.
+    """
+    lanes, most = 32, 8
+    counter = ir.IntType(64)
+    packed, short, wide = (ir.VectorType(ir.IntType(bits), lanes) for bits in (8, 16, 32))
+
+    def constant(kind: Any, value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    total = cgutils.alloca_once_value(builder, constant(wide, 0))
+    builder.store(constant(wide, 0), total)
+    part = cgutils.alloca_once_value(builder, constant(short, 0))
+    groups = builder.udiv(builder.add(pieces, counter(most - 1)), counter(most))
+    with cgutils.for_range(builder, groups) as group:
+        first = builder.mul(group.index, counter(most))
+        left = builder.sub(pieces, first)
+        count = builder.select(builder.icmp_unsigned("<", left, counter(most)), left, counter(most))
+        builder.store(constant(short, 0), part)
+        with cgutils.for_range(builder, count) as loop:
+            piece = builder.add(first, loop.index)
+            both = _load(builder, packed, builder.add(row, builder.mul(piece, counter(lanes))))
+            at = builder.add(query, builder.mul(piece, counter(2 * lanes)))
+            halves = (builder.and_(both, constant(packed, 15)), builder.lshr(both, constant(packed, 4)))
+            for half, offset in zip(halves, (0, lanes), strict=True):
+                asked = builder.sext(_load(builder, packed, builder.add(at, counter(offset))), short)
+                product = builder.mul(builder.zext(half, short), asked)
+                builder.store(builder.add(builder.load(part), product), part)
+        builder.store(builder.add(builder.load(total), builder.sext(builder.load(part), wide)), total)
+    return _called(builder, f"llvm.vector.reduce.add.v{lanes}i32", ir.IntType(32), builder.load(total))
+
+
+_FOURS = types.void(*[types.int64] * 7)
+
+
+def _multiplying_upper(_: Any, one: Any, two: Any, three: Any, four: Any, query: Any, pieces: Any, dots: Any) -> Any:
+    """A compiled function: the sums of `half * query` of four rows' upper halves, as int32 at `dots`.
+
+    All by address. `query`: int8, in the order of the rows' components. `pieces`: of 64 components. It is built from
+    LLVM's vectors since the loop written out in Python is not vectorised.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, query, pieces = arguments
-        lanes, most = 32, 8
-        counter = ir.IntType(64)
-        packed, short, wide = (ir.VectorType(ir.IntType(bits), lanes) for bits in (8, 16, 32))
-        eight = ir.VectorType(ir.IntType(32), 8)
+        *rows, query, pieces, dots = arguments
+        if _BYTE_PRODUCTS:
+            _fours_by_bytes(builder, rows, query, pieces, dots, whole=False)
+        else:
+            for i, row in enumerate(rows):
+                place = builder.inttoptr(builder.add(dots, ir.IntType(64)(4 * i)), ir.IntType(32).as_pointer())
+                builder.store(_upper_by_words(builder, row, query, pieces), place, align=4)
+        return context.get_dummy_value()
 
-        def constant(kind: Any, value: int) -> Any:
-            return ir.Constant(kind, [value] * kind.count)
-
-        def load(address: Any, offset: int) -> Any:
-            place = builder.inttoptr(builder.add(address, counter(offset)), packed.as_pointer())
-            return builder.load(place, align=1)
-
-        def total_of(vector: Any) -> Any:
-            kind = ir.FunctionType(ir.IntType(32), [vector.type])
-            name = f"llvm.vector.reduce.add.v{vector.type.count}i32"
-            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
-
-        def by_bytes() -> Any:
-            kind = ir.FunctionType(eight, [eight, eight, eight])
-            add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.256")
-            # Four sums side by side: an addition waits four cycles for the one before it.
-            totals = [cgutils.alloca_once_value(builder, constant(eight, 0)) for _ in range(4)]
-            for total in totals:
-                builder.store(constant(eight, 0), total)
-
-            def add_piece(piece: Any, pair: int) -> None:
-                both = load(builder.add(row, builder.mul(piece, counter(lanes))), 0)
-                at = builder.add(query, builder.mul(piece, counter(2 * lanes)))
-                halves = (builder.and_(both, constant(packed, 15)), builder.lshr(both, constant(packed, 4)))
-                for half, offset, total in zip(halves, (0, lanes), totals[2 * pair :], strict=False):
-                    given = (builder.bitcast(half, eight), builder.bitcast(load(at, offset), eight))
-                    builder.store(builder.call(add, [builder.load(total), *given]), total)
-
-            with cgutils.for_range(builder, builder.lshr(pieces, counter(1))) as loop:
-                first = builder.shl(loop.index, counter(1))
-                add_piece(first, 0)
-                add_piece(builder.add(first, counter(1)), 1)
-            with builder.if_then(builder.trunc(pieces, ir.IntType(1))):
-                add_piece(builder.sub(pieces, counter(1)), 0)
-            left, right, third, last = (builder.load(total) for total in totals)
-            return total_of(builder.add(builder.add(left, right), builder.add(third, last)))
-
-        def by_words() -> Any:
-            total = cgutils.alloca_once_value(builder, constant(wide, 0))
-            builder.store(constant(wide, 0), total)
-            part = cgutils.alloca_once_value(builder, constant(short, 0))
-            groups = builder.udiv(builder.add(pieces, counter(most - 1)), counter(most))
-            with cgutils.for_range(builder, groups) as group:
-                first = builder.mul(group.index, counter(most))
-                left = builder.sub(pieces, first)
-                count = builder.select(builder.icmp_unsigned("<", left, counter(most)), left, counter(most))
-                builder.store(constant(short, 0), part)
-                with cgutils.for_range(builder, count) as loop:
-                    piece = builder.add(first, loop.index)
-                    both = load(builder.add(row, builder.mul(piece, counter(lanes))), 0)
-                    at = builder.add(query, builder.mul(piece, counter(2 * lanes)))
-                    halves = (builder.and_(both, constant(packed, 15)), builder.lshr(both, constant(packed, 4)))
-                    for half, offset in zip(halves, (0, lanes), strict=True):
-                        product = builder.mul(builder.zext(half, short), builder.sext(load(at, offset), short))
-                        builder.store(builder.add(builder.load(part), product), part)
-                builder.store(builder.add(builder.load(total), builder.sext(builder.load(part), wide)), total)
-            return total_of(builder.load(total))
-
-        return by_bytes() if _BYTE_PRODUCTS else by_words()
-
-    return types.int32(types.int64, types.int64, types.int64), generate
+    return _FOURS, generate
 
 
-_dot_of_upper: Any = intrinsic(_dotting)
+def _multiplying_rows(_: Any, one: Any, two: Any, three: Any, four: Any, query: Any, dimension: Any, dots: Any) -> Any:
+    """A compiled function: the sums of `(value + 128) * query` of four whole rows, as int32 at `dots`, by AVX-512 VNNI.
+
+    All by address. `query`: as `_laid_out` writes it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *rows, query, dimension, dots = arguments
+        _fours_by_bytes(builder, rows, query, dimension, dots, whole=True)
+        return context.get_dummy_value()
+
+    return _FOURS, generate
+
+
+@_compiled
+def _rows_by_words(one: int, two: int, three: int, four: int, query: int, dimension: int, dots: int) -> None:
+    """`_multiplying_rows` where there is no AVX-512 VNNI: the sums of `value * query`, the query in int16.
+
+    Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
+    vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
+    vpmaddwd: 16 products with the query, added in pairs) and vpaddd (seen on Zen 4).
+    """
+    asked = carray(_int16_at(query), dimension)
+    sums = carray(_int32_at(dots), 4)
+    for i in range(4):
+        row = carray(_int8_at(one if i == 0 else two if i == 1 else three if i == 2 else four), dimension)
+        dot = np.int32(0)
+        for j in range(dimension):
+            dot = np.int32(dot + np.int32(row[j]) * np.int32(asked[j]))
+        sums[i] = dot
+
+
+_upper_products: Any = intrinsic(_multiplying_upper)
+_row_products: Any = intrinsic(_multiplying_rows) if _BYTE_PRODUCTS else _rows_by_words
+
+
+@_compiled
+def _peak(query: _Floats) -> np.float32:
+    """The largest magnitude; by the bits, whose order is that of the magnitudes, since these LLVM vectorises."""
+    most = np.int32(0)
+    bits = query.view(np.int32)
+    for i in range(len(bits)):
+        most = max(most, np.int32(bits[i] & 0x7FFFFFFF))
+    return np.int32(most).view(np.float32)
 
 
 @_compiled
 def _quantise_query(query: _Floats, out: _Int8s | _Int16s, steps: int) -> np.float32:
     """Write [d] float32 as integers and return the scale; what is left of `out` becomes 0."""
     out[len(query) :] = 0
-    peak = np.float32(0)
-    for i in range(len(query)):
-        peak = max(peak, abs(query[i]))
+    peak = _peak(query)
     if peak <= np.float32(TINY):
         out[:] = 0
         return np.float32(0)
@@ -491,39 +610,83 @@ def _prefetch_row(rows: int, scales: int, row: int, width: int) -> None:
 
 
 @_compiled
-def _score_rows(line: _Ints, rows: _Ints, q16: _Int16s, q_scales: _Floats, scores: _Floats) -> None:
-    """Score a list of rows for the embeddings of one query.
+def _laid_out(q16: _Int16s, asked: _Int8s) -> np.int32:
+    """Write a query in int16 as `_row_products` takes it; return what is to be added to each product.
 
-    Every sum is cut back to int32 because numba computes in int64 otherwise, which LLVM can only vectorise with
-    vpmuldq, three times slower. As it stands, LLVM gives, per 64 components, 4 x (vpmovsxbw: 16 int8 to int16;
-    vpmaddwd: 16 products with the query, added in pairs) on 256-bit and vpaddd on 512-bit registers (seen on Zen 4 in
-    the assembly of `_search_slice`): 22 ns for 384 components in the cache (`benchmarks/ceilings.py`).
-    Two accumulators by hand made it slower. Called once per list of rows, since a call per row cost as much as the row.
+    For products of bytes, q = 128 * upper + lower, in pieces of 32 components: the upper ones, then the lower ones.
     """
-    embeddings, dimension = q16.shape
-    matrix = carray(_int8_at(line[_ROWS]), (line[_SIZE], dimension))
+    if not _BYTE_PRODUCTS:
+        asked.view(np.int16)[:] = q16
+        return np.int32(0)
+    total = np.int32(0)
+    for i in range(len(q16)):
+        total += np.int32(q16[i])
+    for piece in range(len(asked) // 64):
+        upper, lower = asked[64 * piece : 64 * piece + 32], asked[64 * piece + 32 : 64 * piece + 64]
+        for j in range(32):
+            value = q16[32 * piece + j]
+            rest = np.int16(np.int16(np.int16(value + 64) & 127) - 64)
+            upper[j], lower[j] = np.int16(value - rest) >> 7, rest
+    return np.int32(-128 * total)
+
+
+@_compiled
+def _ask(queries: _Floats, q16: _Int16s, asked: _Int8s, q_scales: _Floats, shifts: _Ids) -> None:
+    """Prepare the embeddings of one query, [M, d], for `_score_rows`."""
+    for m in range(len(queries)):
+        q_scales[m] = _quantise_query(queries[m], q16, QUERY_STEPS)
+        shifts[m] = _laid_out(q16, asked[m])
+
+
+@_compiled
+def _score_rows(
+    line: _Ints,
+    rows: _Ints,
+    dimension: int,
+    asked: _Int8s,
+    q_scales: _Floats,
+    shifts: _Ids,
+    dots: _Ids,
+    scores: _Floats,
+) -> None:
+    """Score a list of rows for the embeddings of one query, as `_ask` prepares them; `dots` has room for `_SOME`."""
+    start, last = line[_ROWS], len(rows) - 1
     scales = carray(_float32_at(line[_SCALES]), line[_SIZE])
     for i in range(min(_AHEAD, len(rows))):
-        _prefetch_row(line[_ROWS], line[_SCALES], rows[i], dimension)
-    for i in range(len(rows)):
-        row = rows[i]
-        if i + _AHEAD < len(rows):
-            _prefetch_row(line[_ROWS], line[_SCALES], rows[i + _AHEAD], dimension)
-        best = np.float32(-np.inf)
-        for m in range(embeddings):
-            dot = np.int32(0)
-            for j in range(dimension):
-                dot = np.int32(dot + np.int32(matrix[row, j]) * np.int32(q16[m, j]))
-            best = max(best, q_scales[m] * scales[row] * np.float32(dot))
-        scores[i] = best + np.float32(0)
+        _prefetch_row(start, line[_SCALES], rows[i], dimension)
+    for first in range(0, len(rows), _SOME):
+        count = min(_SOME, len(rows) - first)
+        for m in range(len(asked)):
+            for i in range(first, first + count, 4):
+                if m == 0:
+                    for ahead in range(i + _AHEAD, min(i + _AHEAD + 4, len(rows))):
+                        _prefetch_row(start, line[_SCALES], rows[ahead], dimension)
+                _row_products(
+                    start + rows[i] * dimension,
+                    start + rows[min(i + 1, last)] * dimension,
+                    start + rows[min(i + 2, last)] * dimension,
+                    start + rows[min(i + 3, last)] * dimension,
+                    asked.ctypes.data + m * asked.shape[1],
+                    dimension,
+                    dots.ctypes.data + 4 * (i - first),
+                )
+            for i in range(count):
+                dot = np.float32(np.int32(dots[i] + shifts[m]))
+                score = q_scales[m] * scales[rows[first + i]] * dot + np.float32(0)
+                scores[first + i] = score if m == 0 else max(scores[first + i], score)
+
+
+@_compiled
+def _order(score: np.float32) -> np.int32:
+    """A score as an int32 that falls where the score rises."""
+    bits = np.float32(score).view(np.int32)
+    return np.int32(~(bits ^ (np.int32(bits >> 31) & np.int32(0x7FFFFFFF))))
 
 
 @_compiled
 def _key(score: np.float32, element: np.int32) -> np.int64:
     """Score and id as one int64 whose rising order is the order of results: higher scores first, then smaller ids."""
-    bits = np.int64(np.float32(score).view(np.int32))
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # rises with the score, as a signed number
-    return (~ordered << 32) | np.int64(element)
+    return (np.int64(_order(score)) << 32) | np.int64(element)
 
 
 @_compiled
@@ -548,27 +711,54 @@ def _sink(heap: _Ints, place: int, size: int) -> None:
 
 
 @_compiled
-def _heap_of_best(keys: _Ints, count: int, heap: _Ints) -> int:
-    """Put the smallest of `count` keys into `heap`, the largest of them first; return how many."""
-    size = min(count, len(heap))
-    heap[:size] = keys[:size]
+def _keep_best(keys: _Ints, count: int, best: _Ints) -> int:
+    """Put the smallest of `count` keys, no two of which are equal, into `best` in rising order; return how many."""
+    size = min(count, len(best))
+    if size <= _FEW and count <= 8 * size:
+        # Compared with all others, a key finds its place without a branch that the processor could guess wrongly.
+        bound = _bound_of_best(keys[:count], size, size)
+        for i in range(count):
+            if keys[i] <= bound:
+                rank = np.int64(0)
+                for j in range(count):
+                    rank += keys[j] < keys[i]
+                best[rank] = keys[i]
+        return size
+    best[:size] = keys[:size]
     for place in range(size // 2 - 1, -1, -1):
-        _sink(heap, place, size)
+        _sink(best, place, size)
     for i in range(size, count):
-        if keys[i] < heap[0]:
-            heap[0] = keys[i]
-            _sink(heap, 0, size)
+        if keys[i] < best[0]:
+            best[0] = keys[i]
+            _sink(best, 0, size)
+    for end in range(size - 1, 0, -1):
+        best[0], best[end] = best[end], best[0]
+        _sink(best, 0, end)
     return size
 
 
 @_compiled
-def _keep_best(keys: _Ints, count: int, heap: _Ints) -> int:
-    """Put the smallest of `count` keys into `heap` in rising order; return how many."""
-    size = _heap_of_best(keys, count, heap)
-    for end in range(size - 1, 0, -1):
-        heap[0], heap[end] = heap[end], heap[0]
-        _sink(heap, 0, end)
-    return size
+def _bound_of_best(keys: _Ints | _Ids, wanted: int, enough: int) -> np.int64 | np.int32:
+    """A key that at least `wanted` are not above, and no more than `enough` where no two are equal; by bisection.
+
+    Counting all keys several times, in vectors, is quicker than a heap's branches.
+    """
+    kind = keys.dtype.type
+    low, high = keys[0], keys[0]
+    for i in range(len(keys)):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    while low < high:
+        middle = kind((low >> 1) + (high >> 1) + (low & high & 1))
+        count = np.int32(0)
+        for i in range(len(keys)):
+            count = np.int32(count + (keys[i] <= middle))
+        if count >= wanted:
+            high = middle
+            if count <= enough:
+                break
+        else:
+            low = kind(middle + 1)
+    return high
 
 
 @_compiled
@@ -585,108 +775,172 @@ def _is_new(table: _Ids, element: np.int32) -> bool:
 
 
 @_compiled
+def _emptied(table: _Ids, count: int) -> _Ids:
+    """As much of a table as so many elements need, emptied."""
+    slots = 1
+    while slots < 2 * count:
+        slots *= 2
+    table[:slots] = -1
+    return table[:slots]
+
+
+@_compiled
+def _prefetch_block(line: _Ints, parent: int, width: int) -> None:
+    """Ask for a parent's block: its upper halves, of `width` bytes each, ids and scales."""
+    offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
+    first, last = offsets[parent], offsets[parent + 1]
+    for entry in range(first, last, _LINE // 4):
+        _prefetch(line[_IDS] + 4 * entry)
+        _prefetch(line[_UPPER_SCALES] + 4 * entry)
+    for place in range(line[_UPPER] + first * width, line[_UPPER] + last * width, _LINE):
+        _prefetch(place)
+
+
+@_compiled
+def _dots_of_block(start: int, count: int, query: int, pieces: int, dots: int) -> None:
+    """The products of a block's rows with one embedding; `dots` has room for a multiple of four."""
+    width, last = 32 * pieces, count - 1
+    for i in range(0, count, 4):
+        _upper_products(
+            start + i * width,
+            start + min(i + 1, last) * width,
+            start + min(i + 2, last) * width,
+            start + min(i + 3, last) * width,
+            query,
+            pieces,
+            dots + 4 * i,
+        )
+
+
+@_compiled
+def _best_places(orders: _Ids, met: int, most: int, ids: _Ids, table: _Ids, places: _Ints, keys: _Ints) -> int:
+    """List where the smallest `most` of orders and ids stand, as they come, repeated elements once; return how many.
+
+    `met`: how many orders are not `_MASKED`, which are left out. `table`: empty where every element stands once.
+    `keys`: room for orders with ids.
+    """
+    # Where elements are repeated, more keys are needed for as many elements.
+    wanted = most + most // 2 if len(table) > 0 else most
+    count, listed = 0, 0
+    while listed < met and count < most:
+        bound = _bound_of_best(orders, min(wanted, met), wanted + wanted // 4)
+        wanted *= 2
+        listed = 0
+        for i in range(len(orders)):  # without a branch
+            places[listed] = i
+            listed += orders[i] <= bound
+        count = listed
+        if len(table) > 0:
+            known = _emptied(table, listed)
+            count = 0
+            for i in range(listed):
+                places[count] = places[i]
+                count += _is_new(known, ids[places[i]])
+    if count <= most:
+        return count
+    for i in range(count):
+        keys[i] = (np.int64(orders[places[i]]) << 32) | ids[places[i]]
+    last = _bound_of_best(keys[:count], most, most)
+    kept = 0
+    for i in range(count):
+        places[kept] = places[i]
+        kept += keys[i] <= last
+    return kept
+
+
+@_compiled
 def _meet(
     line: _Ints,
     mask_address: int,
     frontier: _Ids,
     query: _Floats,
     q8: _Int8s,
-    q_scales: _Floats,
-    shifts: _Ids,
+    most: int,
     block_sums: _Floats,
     best: np.float32,
     weight: np.float32,
     table: _Ids,
-    heap: _Ints,
     ids: _Ids,
     owners: _Ids,
     sums: _Floats,
+    orders: _Ids,
+    places: _Ints,
     keys: _Ints,
+    scales: _Floats,
+    scores: _Floats,
+    dots: _Ids,
 ) -> tuple[int, int]:
     """List the elements below the frontier that are to be scored by their rows; return how many, and how many were met.
 
-    All, where there are no more than `heap` is long; else the best so many by their upper halves: the hot loop. It is
-    memory that it waits for: what the next block holds is asked for while this one is scored, since a block of some 30
-    is too short for the processor's own guesses.
+    All, where there are no more than `most`; else the best so many by their upper halves: the hot loop. While one block
+    is scored the next one is asked for, since some 30 rows are too few for the processor's own guesses.
 
-    `shifts`: room for what -120 of every component adds to a product with each of the query's embeddings.
     `block_sums`: the words' shares of the rows below the frontier, in its order; empty without words.
     `table`: for dropping repeated elements; empty where every element stands once.
+    `ids` to `dots`: room for every row below the frontier, of `dots` for three more.
     """
     embeddings, padded = q8.shape
     pieces, width = padded // 64, padded // 2
     offsets = carray(_int64_at(line[_OFFSETS]), line[_PARENTS] + 1)
-    elements = carray(_int32_at(line[_IDS]), line[_ENTRIES])
-    scales = carray(_float32_at(line[_UPPER_SCALES]), line[_ENTRIES])
     mask = carray(_uint8_at(mask_address), line[_SIZE])
-    table[:] = -1
     total = 0
     for parent in frontier:
         total += offsets[parent + 1] - offsets[parent]
-    coarse = total > len(heap)
-    if coarse:
-        heap[:] = _NO_KEY
-        for m in range(embeddings):
-            q_scales[m] = _quantise_query(query[m], q8[m], COARSE_STEPS)
-            shift = np.int32(0)
-            for j in range(padded):
-                shift -= np.int32(120) * np.int32(q8[m, j])
-            shifts[m] = shift
-    # Looked up once: the compiler cannot know that nothing written below is one of them.
-    upper, upper_scales, words_given = line[_UPPER], line[_UPPER_SCALES], len(block_sums) > 0
-    address, scale, shift = q8.ctypes.data, q_scales[0], shifts[0]
-    threshold = _NO_KEY
+    coarse = total > most
     if line[_PAGED] and coarse:
         for parent in frontier:
             first, below = offsets[parent], offsets[parent + 1] - offsets[parent]
-            _advise(upper + first * width, below * width)
-            _advise(upper_scales + 4 * first, 4 * below)
+            _advise(line[_UPPER] + first * width, below * width)
+            _advise(line[_UPPER_SCALES] + 4 * first, 4 * below)
             _advise(line[_IDS] + 4 * first, 4 * below)
-    place, count, met = -1, 0, 0
-    for f in range(len(frontier)):
-        parent = frontier[f]
-        ahead, last = 0, 0
-        if f + 1 < len(frontier):
-            ahead, last = offsets[frontier[f + 1]], offsets[frontier[f + 1] + 1]
-        for entry in range(ahead, last, _LINE // 4):
-            _prefetch(line[_IDS] + 4 * entry)
-        for entry in range(offsets[parent], offsets[parent + 1]):
-            place += 1
-            if coarse and ahead < last:
-                _prefetch_row(upper, upper_scales, ahead, width)
-                ahead += 1
-            element = elements[entry]
-            if mask_address != 0 and mask[element] == 0:
-                continue
-            met += 1
-            own = block_sums[place] if words_given else np.float32(0)
+    if coarse:
+        _prefetch_block(line, frontier[0], width)
+    for m in range(embeddings if coarse else 1):
+        q_scale, shift = np.float32(0), np.int32(0)
+        if coarse:
+            q_scale = _quantise_query(query[m], q8[m], COARSE_STEPS)
+            for j in range(padded):
+                shift -= np.int32(120) * np.int32(q8[m, j])
+        place = 0
+        for f in range(len(frontier)):
+            parent = frontier[f]
+            first, below = offsets[parent], offsets[parent + 1] - offsets[parent]
+            if m == 0:
+                if coarse and f + 1 < len(frontier):
+                    _prefetch_block(line, frontier[f + 1], width)
+                _copy(ids.ctypes.data + 4 * place, line[_IDS] + 4 * first, 4 * below)
+                if coarse:
+                    _copy(scales.ctypes.data + 4 * place, line[_UPPER_SCALES] + 4 * first, 4 * below)
             if coarse:
-                row = upper + entry * width
-                dot = np.int32(16 * _dot_of_upper(row, address, pieces) + shift)
-                score = scale * scales[entry] * np.float32(dot)
-                for m in range(1, embeddings):
-                    dot = np.int32(16 * _dot_of_upper(row, address + m * padded, pieces) + shifts[m])
-                    score = max(score, q_scales[m] * scales[entry] * np.float32(dot))
-                key = _key(_combined(score + np.float32(0), own, best, weight), element)
-                if key >= threshold:
-                    continue
-                keys[count] = key
-            if len(table) > 0 and not _is_new(table, element):
-                continue
-            if coarse:
-                heap[0] = keys[count]
-                _sink(heap, 0, len(heap))
-                threshold = heap[0]
-            ids[count], owners[count], sums[count] = element, parent, own
-            count += 1
-    if not coarse:
-        return count, met
-    kept = 0
+                to = dots.ctypes.data + 4 * place
+                _dots_of_block(line[_UPPER] + first * width, below, q8[m].ctypes.data, pieces, to)
+            place += below
+        if coarse:
+            for i in range(total):
+                score = q_scale * scales[i] * np.float32(np.int32(16 * dots[i] + shift)) + np.float32(0)
+                scores[i] = score if m == 0 else max(scores[i], score)
+    with_words = len(block_sums) > 0
+    if coarse and with_words and weight != 0 and best > 0:
+        for i in range(total):
+            scores[i] = _combined(scores[i], block_sums[i], best, weight)
+    for i in range(total):
+        orders[i] = _order(scores[i]) if coarse else 0
+    met = total
+    if mask_address != 0:
+        for i in range(total):
+            if mask[ids[i]] == 0:
+                orders[i] = _MASKED
+                met -= 1
+    count = _best_places(orders[:total], met, most, ids, table, places, keys)
+    f, end = -1, 0
     for i in range(count):
-        if keys[i] <= threshold:
-            ids[kept], owners[kept], sums[kept] = ids[i], owners[i], sums[i]
-            kept += 1
-    return kept, met
+        place = places[i]
+        while place >= end:
+            f += 1
+            end += offsets[frontier[f] + 1] - offsets[frontier[f]]
+        ids[i], owners[i] = ids[place], frontier[f]
+        sums[i] = block_sums[place] if with_words else np.float32(0)
+    return count, met
 
 
 @_compiled
@@ -698,6 +952,17 @@ def _find(terms: _Ids, low: int, end: int, term: np.int32) -> int:
         low += half * (terms[low + half - 1] < term)
         length -= half
     return low if length == 1 and terms[low] == term else -1
+
+
+@_compiled
+def _first_above(values: _Ints, value: int) -> int:
+    """How many of rising values are not above `value`; without branches."""
+    low, length = 0, len(values)
+    while length > 1:
+        half = length >> 1
+        low += half * (values[low + half - 1] <= value)
+        length -= half
+    return low + (length == 1 and values[low] <= value)
 
 
 @_compiled
@@ -868,7 +1133,8 @@ def _search_slice(
     queries: _Floats,
     beam: int,
     k: int,
-    twice: _Ints,
+    nodes_twice: int,
+    chunks_twice: int,
     capacity: int,
     near: int,
     ends: _Ints,
@@ -893,13 +1159,20 @@ def _search_slice(
 ) -> None:
     """Search for the queries `first` to `last`; all memory that they need is taken here, once."""
     depth, _, embeddings, dimension = queries.shape
-    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
-    q8, shifts = np.empty((embeddings, 64 * -(-dimension // 64)), np.int8), np.empty(embeddings, np.int32)
+    q16, q_scales, shifts = (
+        np.empty(32 * -(-dimension // 32), np.int16),
+        np.empty(embeddings, np.float32),
+        np.empty(embeddings, np.int32),
+    )
+    asked = np.empty((embeddings, 64 * -(-dimension // 32)), np.int8)
+    q8 = np.empty((embeddings, 64 * -(-dimension // 64)), np.int8)
     room = capacity + near
     rows, keys, places = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    owners, ids = np.empty(room, np.int32), np.empty(room, np.int32)
+    owners, ids, orders = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32)
+    dots = np.empty(max(room + 3, _SOME), np.int32)
     cosines, sums, block_sums = np.empty(room, np.float32), np.zeros(room, np.float32), np.empty(capacity, np.float32)
-    heap, frontier = np.empty(twice.max(), np.int64), np.zeros(beam, np.int32)
+    scales = np.empty(capacity, np.float32)
+    heap, frontier = np.empty(max(beam, k), np.int64), np.zeros(beam, np.int32)
     slots = 1
     while slots < 2 * room:
         slots *= 2
@@ -937,26 +1210,28 @@ def _search_slice(
                 frontier[:width],
                 queries[level, b],
                 q8,
-                q_scales,
-                shifts,
+                chunks_twice if at_chunks else nodes_twice,
                 block_sums[:below],
                 best,
                 weight,
                 used,
-                heap[: twice[1] if at_chunks else twice[0]],
                 ids,
                 owners,
                 sums,
+                orders,
+                places,
                 keys,
+                scales,
+                cosines,
+                dots,
             )
             scored[b] += met
-            for m in range(embeddings):
-                q_scales[m] = _quantise_query(queries[level, b, m], q16[m], QUERY_STEPS)
+            _ask(queries[level, b], q16, asked, q_scales, shifts)
             for i in range(count):
                 rows[i] = ids[i]
                 if line[_PAGED]:
                     _advise(line[_ROWS] + rows[i] * dimension, dimension)
-            _score_rows(line, rows[:count], q16, q_scales, cosines)
+            _score_rows(line, rows[:count], dimension, asked, q_scales, shifts, dots, cosines)
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])
             best_sums[b] = best
@@ -971,23 +1246,26 @@ def _search_slice(
         line = levels[depth - 1]
         if beside > 0:
             walked = count
-            table[:] = -1
+            known = _emptied(table, walked + near)
             for i in range(walked):
-                _is_new(table, ids[i])
+                _is_new(known, ids[i])
             mask = carray(_uint8_at(masks[depth - 1]), line[_SIZE])
-            for i in range(_keep_best(keys, walked, heap[:beam])):
-                chunk = heap[i] & 0xFFFFFFFF
-                document = np.searchsorted(ends, chunk, side="right")
+            bound = _bound_of_best(keys[:walked], min(beam, walked), beam) if walked > 0 else _NO_KEY
+            for i in range(walked):
+                if keys[i] > bound:
+                    continue
+                chunk = keys[i] & 0xFFFFFFFF
+                document = _first_above(ends, chunk)
                 if document == len(ends):
                     continue  # ends that do not rise
                 start = max(chunk - beside, ends[document - 1] if document > 0 else 0, 0)
                 for other in range(start, min(chunk + beside + 1, ends[document], line[_SIZE])):
                     if masks[depth - 1] != 0 and mask[other] == 0:
                         continue
-                    if _is_new(table, np.int32(other)):
+                    if _is_new(known, np.int32(other)):
                         ids[count], rows[count], owners[count] = other, other, -1
                         count += 1
-            _score_rows(line, rows[walked:count], q16, q_scales, cosines[walked:])
+            _score_rows(line, rows[walked:count], dimension, asked, q_scales, shifts, dots, cosines[walked:])
             scored[b] += count - walked
             if with_words:
                 for i in range(walked, count):
@@ -1071,10 +1349,11 @@ def _exact_slice(line: _Ints, mask_address: int, queries: _Floats, first: int, l
     """
     batch, embeddings, dimension = queries.shape
     mask = carray(_uint8_at(mask_address), line[_SIZE])
-    q16, q_scales = np.empty((batch, embeddings, dimension), np.int16), np.empty((batch, embeddings), np.float32)
+    q16, dots = np.empty(32 * -(-dimension // 32), np.int16), np.empty(_SOME, np.int32)
+    asked = np.empty((batch, embeddings, 64 * -(-dimension // 32)), np.int8)
+    q_scales, shifts = np.empty((batch, embeddings), np.float32), np.empty((batch, embeddings), np.int32)
     for b in range(batch):
-        for m in range(embeddings):
-            q_scales[b, m] = _quantise_query(queries[b, m], q16[b, m], QUERY_STEPS)
+        _ask(queries[b], q16, asked[b], q_scales[b], shifts[b])
     if heaps.shape[1] == 0:
         return
     rows, scores = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.float32)
@@ -1088,7 +1367,7 @@ def _exact_slice(line: _Ints, mask_address: int, queries: _Floats, first: int, l
             start += 1
         for b in range(batch):
             heap = heaps[b]
-            _score_rows(line, rows[:count], q16[b], q_scales[b], scores)
+            _score_rows(line, rows[:count], dimension, asked[b], q_scales[b], shifts[b], dots, scores)
             for i in range(count):
                 key = _key(scores[i], np.int32(rows[i]))
                 if key < heap[0]:
@@ -1100,18 +1379,19 @@ def _exact_slice(line: _Ints, mask_address: int, queries: _Floats, first: int, l
 def _score_slice(line: _Ints, queries: _Floats, ids: _Ids, first: int, last: int, scores: _Floats) -> None:
     """Score the given chunks of the queries `first` to `last`."""
     _, embeddings, dimension = queries.shape
-    q16, q_scales = np.empty((embeddings, dimension), np.int16), np.empty(embeddings, np.float32)
+    q16, dots = np.empty(32 * -(-dimension // 32), np.int16), np.empty(_SOME, np.int32)
+    asked = np.empty((embeddings, 64 * -(-dimension // 32)), np.int8)
+    q_scales, shifts = np.empty(embeddings, np.float32), np.empty(embeddings, np.int32)
     rows, places = np.empty(ids.shape[1], np.int64), np.empty(ids.shape[1], np.int64)
     dense = np.empty(ids.shape[1], np.float32)
     for b in range(first, last):
-        for m in range(embeddings):
-            q_scales[m] = _quantise_query(queries[b, m], q16[m], QUERY_STEPS)
+        _ask(queries[b], q16, asked, q_scales, shifts)
         count = 0
         for i in range(ids.shape[1]):
             if ids[b, i] >= 0:
                 rows[count], places[count] = ids[b, i], i
                 count += 1
-        _score_rows(line, rows[:count], q16, q_scales, dense)
+        _score_rows(line, rows[:count], dimension, asked, q_scales, shifts, dots, dense)
         scores[b] = -np.inf
         for i in range(count):
             scores[b, places[i]] = dense[i]
@@ -1119,19 +1399,28 @@ def _score_slice(line: _Ints, queries: _Floats, ids: _Ids, first: int, last: int
 
 @_compiled
 def _project_slice(
-    diagonal: _Floats, rows: _Int8s, scales: _Floats, queries: _Floats, first: int, last: int, out: _Floats
+    diagonal: _Floats, rows: _Int8s, scales: _Floats, queries: _Floats, first: int, end: int, out: _Floats
 ) -> None:
-    """Project the queries `first` to `last`."""
-    dimension = len(diagonal)
-    q16 = np.empty(dimension, np.int16)
-    for b in range(first, last):
+    """Project the queries `first` to `end`."""
+    dimension, last, start = len(diagonal), len(diagonal) - 1, rows.ctypes.data
+    q16, asked = np.empty(32 * -(-dimension // 32), np.int16), np.empty(64 * -(-dimension // 32), np.int8)
+    dots = np.empty(dimension + 3, np.int32)
+    for b in range(first, end):
         scale = _quantise_query(queries[b], q16, QUERY_STEPS)
+        shift = _laid_out(q16, asked)
+        for i in range(0, dimension, 4):
+            _row_products(
+                start + i * dimension,
+                start + min(i + 1, last) * dimension,
+                start + min(i + 2, last) * dimension,
+                start + min(i + 3, last) * dimension,
+                asked.ctypes.data,
+                dimension,
+                dots.ctypes.data + 4 * i,
+            )
         squares = 0.0
         for i in range(dimension):
-            dot = np.int32(0)
-            for j in range(dimension):
-                dot = np.int32(dot + np.int32(rows[i, j]) * np.int32(q16[j]))
-            out[b, i] = queries[b, i] * diagonal[i] + scale * scales[i] * np.float32(dot)
+            out[b, i] = queries[b, i] * diagonal[i] + scale * scales[i] * np.float32(np.int32(dots[i] + shift))
             squares += np.float64(out[b, i]) ** 2
         norm = max(np.sqrt(squares), TINY)
         for i in range(dimension):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -26,6 +27,8 @@ _MODULES = {
     "cpu": "treemem.kernels.cpu",  # numba
     "gpu": "treemem.kernels.gpu",  # CuPy
 }
+
+_loaded: dict[str, ModuleType] = {}
 
 BACK_ENDS = tuple(_MODULES)
 """Names that `back_end` knows."""
@@ -116,7 +119,9 @@ def back_end(name: str | None = None, *arrays: Any) -> BackEnd:
     name = name or os.environ.get(VARIABLE) or here
     if name not in _MODULES:
         raise InputError(f"{source} = {name!r}: it must be one of {', '.join(BACK_ENDS)}")
-    module = import_module(_MODULES[name])
+    module = _loaded.get(name)
+    if module is None:
+        module = _loaded[name] = import_module(_MODULES[name])
     reason = module.why_not() if name == "gpu" else None
     if reason is not None:
         raise InputError(reason)

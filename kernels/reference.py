@@ -15,6 +15,7 @@ Order. Higher scores first, equal scores by the smaller id: a strict order, so t
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -371,9 +372,9 @@ def top_k(scores: NDArray[np.float32], ids: NDArray[np.int32], k: int) -> tuple[
 def checked_queries(tree: ServingTree, queries: NDArray[np.float32], *, levels: bool) -> NDArray[np.float32]:
     """Queries as contiguous float32 [depth, B, M, d] (`levels`) or [B, M, d]; InputError or ModelError if unusable."""
     queries = np.ascontiguousarray(queries, np.float32)
-    expected = f"[{tree.depth}, B, M, {tree.dimension}]" if levels else f"[B, M, {tree.dimension}]"
     wrong_depth = levels and queries.shape[0] != tree.depth
     if queries.ndim != 3 + levels or queries.shape[-1] != tree.dimension or queries.shape[-2] == 0 or wrong_depth:
+        expected = f"[{tree.depth}, B, M, {tree.dimension}]" if levels else f"[B, M, {tree.dimension}]"
         raise InputError(f"queries of shape {queries.shape}: this tree takes {expected}, M at least 1")
     _require_finite(queries, (("level", "query") if levels else ("query",)) + ("embedding", "component"))
     return queries
@@ -464,7 +465,7 @@ def check_at_least_1(name: str, value: int) -> None:
 
 def _require_finite(values: NDArray[np.float32], axes: tuple[str, ...]) -> None:
     # One product tells of almost all vectors; where it overflows they are looked at one by one.
-    if not np.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
+    if not math.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
         place = zip(axes, np.argwhere(~np.isfinite(values))[0], strict=True)
         where = ", ".join(f"{axis} {index}" for axis, index in place)
         raise ModelError(f"a vector is not finite ({where}): the encoder or a ranker gave NaN or infinity")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -222,8 +223,7 @@ class Words:
     """What the best sum of a query's terms at a level is worth beside a cosine."""
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
+class Found(NamedTuple):
     """What a search gives for each of B queries; best first, padded with -1 and -inf."""
 
     nodes: NDArray[np.int32]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from treemem.errors import DamagedMemory, StoreError
-from treemem.kernels import LevelBlocks, ServingTree, back_end, quantise, upper_halves
+from treemem.kernels import BackEnd, LevelBlocks, ServingTree, back_end, quantise, upper_halves
 from treemem.kernels.tree import upper_bytes
 from treemem.storage.files import checksum, map_npy, save_npy, work_folder, write_npy
 from treemem.storage.levels import CLUSTERING_POWER, Level, as_float32
@@ -472,16 +472,19 @@ class Image:
     def _factors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The map of queries: its diagonal and, quantised, the rest. Every query reads it whole."""
         diagonal = np.diagonal(self.query_map).astype(np.float32)
-        return diagonal, *quantise(self.query_map.T - np.diag(diagonal))
+        factors = diagonal, *quantise(self.query_map.T - np.diag(diagonal))
+        for factor in factors:
+            factor.flags.writeable = False
+        return factors
 
-    def asked(self, vectors: np.ndarray) -> np.ndarray:
+    def asked(self, vectors: np.ndarray, kernels: BackEnd | None = None) -> np.ndarray:
         """Vectors as each level is compared with them: float32 [n, d] to [depth, n, d], top first.
 
         Nodes: see `treemem.storage.levels.Spread`.
         """
         out = np.empty((self.tree.depth, *vectors.shape), np.float32)
         if self.tree.depth > 1:
-            out[:-1] = back_end().project(*self._factors, np.asarray(vectors, np.float32))
+            out[:-1] = (kernels or back_end()).project(*self._factors, np.asarray(vectors, np.float32))
         out[-1] = vectors
         return out
 

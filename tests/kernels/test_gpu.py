@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from tests.kernels.trees import random_ends, random_masks, random_queries, random_tree, random_words
 
 from treemem.errors import InputError, ModelError
-from treemem.kernels import back_end, gpu, reference
+from treemem.kernels import Found, back_end, gpu, reference
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -87,8 +86,8 @@ def test_what_does_not_fit_stays_with_the_host(emulated: Any, memory: int, monke
     )
     found = emulated.search(tree, queries, 4, 9, words=words, beside=1, ends=ends)
     expected = reference.search(tree, queries, 4, 9, words=words, beside=1, ends=ends)
-    for field in fields(expected):
-        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_wrong_budget_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +103,9 @@ def test_queries_on_the_gpu_are_answered_there(emulated: Any, pretended: Any) ->
     there = pretended.asarray(queries)
     found = emulated.search(tree, there, 4, 9)
     expected = reference.search(tree, queries, 4, 9)
-    for field in fields(expected):
-        got = getattr(found, field.name)
-        assert hasattr(got, "__cuda_array_interface__"), field.name
-        np.testing.assert_array_equal(pretended.asnumpy(got), getattr(expected, field.name))
+    for name, got, array in zip(Found._fields, found, expected, strict=True):
+        assert hasattr(got, "__cuda_array_interface__"), name
+        np.testing.assert_array_equal(pretended.asnumpy(got), array)
     ids, scores = emulated.exact(tree, there[0], 9)
     assert hasattr(scores, "__cuda_array_interface__")
     np.testing.assert_array_equal(

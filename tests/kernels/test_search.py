@@ -24,10 +24,11 @@ from treemem.kernels import BackEnd, Found, Signatures, Words, back_end, referen
 
 def assert_same(got: object, expected: Found | Signatures) -> None:
     assert type(got) is type(expected)
-    for field in fields(expected):
-        one, other = getattr(got, field.name), getattr(expected, field.name)
-        assert (one.shape, one.dtype) == (other.shape, other.dtype), field.name
-        assert one.tobytes() == other.tobytes(), field.name
+    names = Found._fields if isinstance(expected, Found) else [field.name for field in fields(expected)]
+    for name in names:
+        one, other = getattr(got, name), getattr(expected, name)
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+        assert one.tobytes() == other.tobytes(), name
 
 
 def part(words: Words, b: int) -> Words:
@@ -191,10 +192,10 @@ def test_answers_do_not_depend_on_batch_or_threads(
     whole = kernels.search(tree, queries, 4, 20, words=words, beside=2, ends=ends)
     for b in (0, 17, 59):
         alone = kernels.search(tree, queries[:, b : b + 1], 4, 20, words=part(words, b), beside=2, ends=ends)
-        for field in fields(Found):
-            one = getattr(whole, field.name)
-            one = one[:, b : b + 1] if field.name.startswith("node") else one[b : b + 1]
-            np.testing.assert_array_equal(one, getattr(alone, field.name))
+        for name in Found._fields:
+            one = getattr(whole, name)
+            one = one[:, b : b + 1] if name.startswith("node") else one[b : b + 1]
+            np.testing.assert_array_equal(one, getattr(alone, name))
 
 
 def test_neighbours(kernels: BackEnd) -> None:
