@@ -85,10 +85,15 @@ def pages_a_second(folder: Path, at_once: int) -> int:
     handle = os.open(file, os.O_RDONLY)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
     pages = file.stat().st_size // mmap.PAGESIZE
-    chosen = np.random.default_rng(0).choice(pages, min(PAGES, pages), replace=False).tolist()
+    chosen = np.random.default_rng(0).choice(pages, min(PAGES, pages), replace=False)
+
+    def read(own: np.ndarray) -> None:
+        for page in own.tolist():
+            os.pread(handle, mmap.PAGESIZE, page * mmap.PAGESIZE)
+
     begin = time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(lambda page: os.pread(handle, mmap.PAGESIZE, page * mmap.PAGESIZE), chosen))
+        list(pool.map(read, np.array_split(chosen, at_once)))
     seconds = time.perf_counter() - begin
     os.close(handle)
     return int(len(chosen) / seconds)

@@ -73,11 +73,11 @@ def draw_peers(axes: Axes, rows: dict[str, Any], key: str, title: str) -> None:
 
 def main() -> None:
     """Read, draw, save."""
-    growth, peers = read("scaling"), read("peers")
+    growth, peers = read("scaling"), read("peers-intel")
     figure, ((scored, time), (one, batch)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     draw_growth(scored, time, growth["sizes"])
-    draw_peers(one, peers["rows"], "ms_p50", f"{peers['chunks']:,} chunks, one query, one core")
-    draw_peers(batch, peers["rows"], "batch_ms_p50", f"{peers['chunks']:,} chunks, 256 queries, two cores")
+    draw_peers(one, peers["rows"], "ms_p50", f"{peers['chunks']:,} chunks, one query, one thread")
+    draw_peers(batch, peers["rows"], "batch_ms_p50", f"{peers['chunks']:,} chunks, 256 queries, two threads")
     for axes in (scored, time, one, batch):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)

@@ -222,7 +222,6 @@ def _prepare(tree: ServingTree) -> _Prepared:
     if prepared is None:
         tree.check()  # compiled code does not look at bounds
         table = np.zeros((tree.depth, 11), np.int64)
-        table[:, _PAGED] = tree.paged
         arrays: list[NDArray[Any]] = []
         for line, blocks, size in zip(table, tree.levels, tree.sizes, strict=True):
             own = (blocks.rows, blocks.scales, blocks.upper, blocks.upper_scales, blocks.ids, blocks.offsets)
@@ -230,6 +229,7 @@ def _prepare(tree: ServingTree) -> _Prepared:
             line[_ROWS : _OFFSETS + 1] = [_address(array) for array in own]
             line[_ENTRIES], line[_PARENTS], line[_SIZE] = len(blocks.ids), len(blocks.offsets) - 1, size
             line[_LARGEST] = np.diff(blocks.offsets).max(initial=0)
+        table[:, _PAGED] = tree.paged_levels
         prepared = _trees[tree] = _Prepared(table, tuple(arrays))
     return prepared
 

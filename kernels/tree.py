@@ -52,7 +52,7 @@ class ServingTree:
     sizes: tuple[int, ...]
     """How many elements each level has."""
     paged: bool = False
-    """Whether it is larger than memory: walks then ask the system at once for all that a level will read."""
+    """Whether it is larger than memory."""
 
     @property
     def depth(self) -> int:
@@ -63,6 +63,15 @@ class ServingTree:
     def dimension(self) -> int:
         """How many components a vector has."""
         return int(self.levels[-1].rows.shape[1])
+
+    @property
+    def paged_levels(self) -> tuple[bool, ...]:
+        """Of each level whether walks ask the system at once for all that they will read there.
+
+        They do at the large levels of a paged tree; one that takes less than a tenth of it stays in memory.
+        """
+        own = [sum(array.nbytes for array in vars(blocks).values()) for blocks in self.levels]
+        return tuple(self.paged and 10 * size > sum(own) for size in own)
 
     @cached_property
     def live(self) -> tuple[NDArray[np.int32], ...]:

@@ -250,9 +250,10 @@ def read_tree(
     paged = sum(file.nbytes for file in files) > (available_memory() if available is None else available)
     tree = ServingTree(tuple(levels), sizes, paged)
     tree.check()  # reads whole files
-    for file in files:
-        if paged and isinstance(file, np.memmap):
-            file._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    for blocks, by_page in zip(levels, tree.paged_levels, strict=True):
+        for file in vars(blocks).values():
+            if by_page and isinstance(file, np.memmap):
+                file._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     return tree
 
 

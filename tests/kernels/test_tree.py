@@ -134,3 +134,9 @@ def test_damage_of_a_lexical_index_is_found(name: str) -> None:
     damage, message = LEXICAL_DAMAGES[name]
     with pytest.raises(DamagedMemory, match=message):
         damage(index).check()
+
+
+def test_only_large_levels_of_a_tree_larger_than_memory_are_asked_for() -> None:
+    tree = random_tree(np.random.default_rng(0), 400)
+    assert tree.paged_levels == (False,) * tree.depth
+    assert replace(tree, paged=True).paged_levels == (*(False,) * (tree.depth - 2), True, True)
