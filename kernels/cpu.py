@@ -170,6 +170,7 @@ def project(
 ) -> NDArray[np.float32]:
     """`reference.project`, compiled."""
     queries = checked_factors(diagonal, rows, scales, queries)
+    rows = np.ascontiguousarray(rows, np.int8)
     out = np.empty(queries.shape, np.float32)
     given = _readonly(diagonal), _readonly(rows), _readonly(scales), _readonly(queries)
     _in_slices(lambda start, end: _project_slice(*given, start, end, out), len(queries), least=32)
@@ -714,6 +715,8 @@ def _sink(heap: _Ints, place: int, size: int) -> None:
 def _keep_best(keys: _Ints, count: int, best: _Ints) -> int:
     """Put the smallest of `count` keys, no two of which are equal, into `best` in rising order; return how many."""
     size = min(count, len(best))
+    if size == 0:
+        return 0
     if size <= _FEW and count <= 8 * size:
         # Compared with all others, a key finds its place without a branch that the processor could guess wrongly.
         bound = _bound_of_best(keys[:count], size, size)

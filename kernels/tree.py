@@ -1,4 +1,4 @@
-"""What the kernels read and return: frozen dataclasses of NumPy arrays, which may be memory maps.
+"""What the kernels read and return: NumPy arrays, which may be memory maps, under names.
 
 Element `i` of a level is a node or, at level 1, a chunk. Levels stand top first here, as a walk meets them; in messages
 they are numbered as everywhere else in treemem: level 1 = chunks.
@@ -68,7 +68,7 @@ class ServingTree:
     def paged_levels(self) -> tuple[bool, ...]:
         """Of each level whether walks ask the system at once for all that they will read there.
 
-        They do at the large levels of a paged tree; one that takes less than a tenth of it stays in memory.
+        They do at the large levels of a paged tree; one that takes a tenth of it or less is likely to be in memory.
         """
         own = [sum(array.nbytes for array in vars(blocks).values()) for blocks in self.levels]
         return tuple(self.paged and 10 * size > sum(own) for size in own)

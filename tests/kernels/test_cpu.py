@@ -1,17 +1,24 @@
-"""What the compiled kernels do differently on processors of other kinds."""
+"""The parts of the compiled kernels, and what they do differently on processors of other kinds."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 from numba.extending import intrinsic
+from tests.kernels.trees import random_tree
 
-from treemem.kernels import cpu, upper_halves
+from treemem.kernels import cpu, reference, upper_halves
 
 
 @pytest.fixture(params=[False, True], ids=["by words", "by bytes"])
@@ -81,8 +88,8 @@ def before_a_wall(size: int) -> memoryview:
     return memoryview(memory)[end - size : end]
 
 
-@pytest.mark.parametrize("count", [1, 2, 40, cpu._FEW, cpu._FEW + 1, 1000])
-@pytest.mark.parametrize("wanted", [1, 10, 64, 2000])
+@pytest.mark.parametrize("count", [0, 1, 2, 40, cpu._FEW, cpu._FEW + 1, 1000])
+@pytest.mark.parametrize("wanted", [0, 1, 10, 64, cpu._FEW, cpu._FEW + 1, 2000])
 def test_the_smallest_keys(count: int, wanted: int) -> None:
     generator = np.random.default_rng(count)
     keys = generator.choice(10**17, count, replace=False) * generator.choice([-1, 1], count)
@@ -90,18 +97,21 @@ def test_the_smallest_keys(count: int, wanted: int) -> None:
     size = cpu._keep_best(np.append(keys, np.int64(-5)), count, best)
     assert size == min(count, wanted)
     assert best[:size].tolist() == np.sort(keys)[:wanted].tolist()
+    if size == 0:
+        return
     for enough in (size, 2 * size):
         assert size <= (keys <= cpu._bound_of_best(keys, size, enough)).sum() <= enough
     many = np.repeat(keys, 3)
     assert (many <= cpu._bound_of_best(many, count, count)).sum() >= count
 
 
+@pytest.mark.parametrize("spread", [0, 200, 2**31 - 2])
 @pytest.mark.parametrize(("repeats", "masked"), [(1, 0), (2, 0), (30, 0), (2, 500), (30, 599), (1, 600)])
-def test_places_of_the_best(repeats: int, masked: int) -> None:
+def test_places_of_the_best(repeats: int, masked: int, spread: int) -> None:
     """As one after the other would list them: repeated elements at the first of their places, masked ones never."""
     generator = np.random.default_rng(repeats)
     ids = np.repeat(np.arange(600 // repeats, dtype=np.int32), repeats)
-    keys = np.repeat(generator.integers(-200, 200, 600 // repeats, dtype=np.int32), repeats)  # some are equal
+    keys = generator.integers(-spread, spread + 1, 600 // repeats, dtype=np.int32).repeat(repeats)
     order = generator.permutation(600)
     ids, keys = ids[order], keys[order]
     keys[generator.permutation(600)[:masked]] = cpu._MASKED
@@ -121,3 +131,51 @@ def test_what_is_compiled_for_decides(features: str, expected: bool, monkeypatch
     # NUMBA_CPU_NAME=generic gives no features: instructions of this machine would then abort the process.
     monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
     assert cpu._byte_products() is expected
+
+
+def test_a_map_in_another_layout_is_the_same_map() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.integers(-127, 128, (40, 40), dtype=np.int8)
+    factors = generator.standard_normal(40).astype(np.float32), generator.random(40, np.float32)
+    queries = generator.standard_normal((3, 40)).astype(np.float32)
+    expected = reference.project(factors[0], rows, factors[1], queries)
+    for layout in (rows, np.asfortranarray(rows), np.repeat(rows, 2, 1)[:, ::2]):
+        np.testing.assert_array_equal(cpu.project(factors[0], layout, factors[1], queries), expected)
+
+
+def test_a_tree_larger_than_memory_is_walked_alike() -> None:
+    generator = np.random.default_rng(0)
+    tree = random_tree(generator, 2000)
+    queries = generator.standard_normal((tree.depth, 9, 2, tree.dimension)).astype(np.float32)
+    paged = replace(tree, paged=True)
+    assert paged.paged_levels[-1]
+    found = cpu.search(paged, queries, 40, 10)
+    assert found.scored.min() > 200  # more than are looked at twice
+    for one, other in zip(found, cpu.search(tree, queries, 40, 10), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+ELSEWHERE = """
+import numpy as np
+from tests.kernels.trees import random_tree
+from treemem.kernels import cpu, quantise, reference
+
+assert not cpu._BYTE_PRODUCTS
+generator = np.random.default_rng(0)
+tree = random_tree(generator, 900, dimension=80)
+queries = generator.standard_normal((tree.depth, 5, 3, 80)).astype(np.float32)
+factors = np.ones(80, np.float32), *quantise(generator.standard_normal((80, 80)))
+for name, given in {
+    "search": (tree, queries, 30, 10), "exact": (tree, queries[0], 10), "project": (*factors, queries[0, 0]),
+}.items():
+    for one, other in zip(getattr(cpu, name)(*given), getattr(reference, name)(*given), strict=True):
+        np.testing.assert_array_equal(one, other)
+"""
+
+
+def test_walks_on_a_processor_without_products_of_bytes(tmp_path: Path) -> None:
+    """All of it, compiled for one: in a process of its own, since what is compiled for is settled at the import."""
+    features = "+sse4.2,+avx2" if platform.machine() in ("x86_64", "AMD64") else ""
+    own = {"NUMBA_CPU_FEATURES": features, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    root = str(Path(__file__).resolve().parents[2])
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=root, env={**os.environ, **own}, check=True)
