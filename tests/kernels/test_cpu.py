@@ -179,3 +179,18 @@ def test_walks_on_a_processor_without_products_of_bytes(tmp_path: Path) -> None:
     own = {"NUMBA_CPU_FEATURES": features, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
     root = str(Path(__file__).resolve().parents[2])
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=root, env={**os.environ, **own}, check=True)
+
+
+def test_keys_that_follow_each_other_are_told_apart() -> None:
+    """As those of elements of one score are."""
+    for first in (-40, 0, cpu._NO_KEY - 50):
+        keys = first + np.random.default_rng(0).permutation(50)
+        for wanted in range(1, 51):
+            assert (keys <= cpu._bound_of_best(keys, wanted, wanted)).sum() == wanted
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64, 100])
+def test_first_above(count: int) -> None:
+    values = np.sort(np.random.default_rng(count).integers(0, 50, count))
+    for value in range(-1, 52):
+        assert cpu._first_above(values, value) == np.searchsorted(values, value, side="right")
