@@ -8,11 +8,14 @@ process when two threads call it at once; both happen in servers.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -49,6 +52,8 @@ THREADS = "TREEMEM_THREADS"
 """Environment variable: how many threads share a batch; as many as there are cores by default."""
 
 _AHEAD = 24  # rows asked for before they are scored
+_MANY = 64  # walks after which a process is taken to go on walking
+_POPULATE = 22  # MADV_POPULATE_READ, since Linux 5.14; refused before
 _LINE = 64  # bytes that memory hands out at once
 _SOME = 64  # rows that are scored for all embeddings of a query while they are in the innermost cache
 _BLOCK = 512  # rows that exact search compares with every query while they are in the cache
@@ -87,6 +92,7 @@ def search(
     depth, batch = queries.shape[:2]
     ends = checked_ends(tree, beside, ends)
     checked_words(tree, words, batch)
+    prepared.walked(batch)
     k = min(k, tree.sizes[-1])
     nodes = np.empty((depth - 1, batch, beam), np.int32)
     node_scores = np.empty(nodes.shape, np.float32)
@@ -205,6 +211,17 @@ class _Prepared:
     table: NDArray[np.int64]
     arrays: tuple[NDArray[Any], ...]  # keeps what the addresses point to
     capacities: dict[int, int] = field(default_factory=dict)
+    to_come: list[int] = field(default_factory=lambda: [_MANY])  # walks before all pages are mapped
+
+    def walked(self, queries: int) -> None:
+        """Count walks; where there are many, have the pages of all files mapped at once.
+
+        Else the first thousand walks of a process meet pages that are not, and wait for the system to map them.
+        """
+        if self.to_come[0] > 0:
+            self.to_come[0] -= queries
+            if self.to_come[0] <= 0 and not self.table[:, _PAGED].any():
+                Thread(target=_map_pages, args=(self.arrays,), daemon=True).start()
 
     def capacity(self, beam: int) -> int:
         """How many rows a walk can meet at any level."""
@@ -212,6 +229,17 @@ class _Prepared:
             most = np.minimum(beam, self.table[:, _PARENTS]) * self.table[:, _LARGEST]
             self.capacities[beam] = int(np.minimum(most, self.table[:, _ENTRIES]).max())
         return self.capacities[beam]
+
+
+def _map_pages(arrays: tuple[NDArray[Any], ...]) -> None:
+    """Have the system read what is not in memory yet, and enter all pages into its table; where it knows how to."""
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    for array in arrays:
+        address = _address(array)
+        begin = address - address % mmap.PAGESIZE
+        library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + array.nbytes - begin), _POPULATE)
 
 
 _trees: WeakKeyDictionary[ServingTree, _Prepared] = WeakKeyDictionary()

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,41 @@ def test_first_above(count: int) -> None:
     values = np.sort(np.random.default_rng(count).integers(0, 50, count))
     for value in range(-1, 52):
         assert cpu._first_above(values, value) == np.searchsorted(values, value, side="right")
+
+
+def test_many_walks_have_all_pages_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: list[Any] = []
+    called = threading.Event()
+    monkeypatch.setattr(cpu, "_map_pages", lambda arrays: (mapped.append(arrays), called.set()))
+    generator = np.random.default_rng(0)
+    tree = random_tree(generator, 40)
+    queries = generator.standard_normal((tree.depth, cpu._MANY - 1, 1, tree.dimension)).astype(np.float32)
+    cpu.search(tree, queries, 2, 3)
+    assert not mapped
+    for _ in range(3):
+        cpu.search(tree, queries[:, :1], 2, 3)
+    assert called.wait(10)
+    assert len(mapped) == 1
+    assert any(array is tree.levels[-1].rows for array in mapped[0])
+    paged = replace(tree, paged=True)
+    for _ in range(3):
+        cpu.search(paged, queries, 2, 3)
+    assert len(mapped) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked to map pages")
+def test_pages_are_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "array.npy"
+    np.save(file, np.zeros(1 << 22, np.uint8))
+    array = np.load(file, mmap_mode="r")
+
+    def resident() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        next(line for line in lines if line.endswith(str(file)))
+        return int(next(line for line in lines if line.startswith("Rss:")).split()[1]) << 10
+
+    before = resident()
+    cpu._map_pages((array,))
+    if resident() == before:
+        pytest.skip("this system cannot be asked to map pages: Linux 5.14 can")
+    assert resident() >= array.nbytes
