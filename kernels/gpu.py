@@ -103,7 +103,8 @@ def _launch(name: str, grid: tuple[int, int], shared: int, arguments: tuple[Any,
 
 def _shared_bytes(embeddings: int, pieces: int, keys: int = 0, room: int = 0, slots: int = 0, beam: int = 0) -> int:
     """What `lay_out` in walk.cu lays out."""
-    return embeddings * (128 * pieces + 8) + 8 * keys + 16 * room + 8 * slots + 4 * (2 * beam + 1) + 4 * 5
+    walked = 64 * pieces * embeddings + 4 * keys + 8 * beam if beam else 0
+    return walked + embeddings * (128 * pieces + 12) + 8 * keys + 16 * room + 4 * slots + 4 * (2 * beam + 1) + 4 * 9
 
 
 def _power_of_two(least: int) -> int:
@@ -262,9 +263,12 @@ def search(
     chunks = tree.sizes[-1]
     k = min(k, chunks)
     twice = (refined(beam), refined(max(k, beam if beside else 1)))
-    pieces, capacity, near = -(-dimension // 64), placed.capacity(beam), min(2 * beside * beam, chunks)
+    pieces, capacity = -(-dimension // 64), placed.capacity(beam)
+    near = min(
+        2 * beside * min(beam, capacity), chunks + THREADS
+    )  # each thread may end with a place that it did not use
     room = capacity + near
-    keys = _power_of_two(max(capacity, min(twice[1], capacity) + near))
+    keys = _power_of_two(max(min(twice[0], capacity), min(twice[1], capacity) + near))
     slots = _power_of_two(room + room // 4 + 1)
     null = np.uint64(0)
     columns, asked, held_words = None, (null, null, null, np.float32(0), null, null, null, np.int32(1), null), None

@@ -1,6 +1,7 @@
 // Enough of CUDA to run walk.cu on a CPU, for tests: every thread of a block is a fiber that runs until it has to wait.
-// What it finds are wrong results and waits that never end; it cannot find races between threads of a block, and says
-// nothing about speed.
+// What it finds are wrong results and waits that never end. Of races between threads of a block it finds some: threads
+// take turns in an order that is drawn anew each time, and give way at some of their atomic operations. It says nothing
+// about speed.
 #include <ucontext.h>
 
 #include <cmath>
@@ -13,6 +14,7 @@
 #define __global__
 #define __device__
 #define __shared__
+#define __launch_bounds__(...)
 
 struct int4 { int x, y, z, w; };
 struct Dimensions { unsigned x, y; };
@@ -33,8 +35,11 @@ inline Barrier block;
 inline std::vector<Barrier> warps;
 inline std::vector<unsigned long long> slots;
 inline bool progress, any;
+inline unsigned long long dice = 1;
 
+inline unsigned drawn() { return (dice = dice * 6364136223846793005ull + 1442695040888963407ull) >> 33; }
 inline void yield() { swapcontext(&all[current].context, &scheduler); }
+inline void give_way();
 
 inline void wait(Barrier& barrier, unsigned members) {
   progress = true;
@@ -49,6 +54,12 @@ inline void wait_for_warp() { wait(warps[current / 32], 32); }
 }  // namespace fibers
 
 inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
+inline void fibers::give_way() {
+  if (drawn() % 4) return;
+  progress = true;
+  yield();
+  threadIdx.x = current;
+}
 inline int4 memory[1 << 16];  // shared by the threads of a block
 
 inline void __syncthreads() { fibers::wait(fibers::block, fibers::all.size()), threadIdx.x = fibers::current; }
@@ -81,15 +92,33 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return exchanged(value, lane);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int lanes) {
+  int lane = fibers::current % 32;
+  return exchanged(value, lane < lanes ? lane : lane - lanes);
+}
+template <class T>
+T __ldg(const T* place) { return *place; }
+inline void __threadfence_block() { fibers::give_way(); }
 
 inline int atomicCAS(int* place, int expected, int value) {
+  fibers::give_way();
   int before = *place;
   if (before == expected) *place = value;
   return before;
 }
-inline int atomicAdd(int* place, int value) { return std::exchange(*place, *place + value); }
-inline int atomicMin(int* place, int value) { return std::exchange(*place, value < *place ? value : *place); }
-inline int atomicMax(int* place, int value) { return std::exchange(*place, value > *place ? value : *place); }
+inline int atomicAdd(int* place, int value) {
+  fibers::give_way();
+  return std::exchange(*place, *place + value);
+}
+inline int atomicMin(int* place, int value) {
+  fibers::give_way();
+  return std::exchange(*place, value < *place ? value : *place);
+}
+inline int atomicMax(int* place, int value) {
+  fibers::give_way();
+  return std::exchange(*place, value > *place ? value : *place);
+}
 template <class T>
 T min(T a, T b) { return b < a ? b : a; }
 template <class T>
@@ -114,7 +143,7 @@ inline void begin() {
   for (;;) yield();
 }
 
-inline void run_block(unsigned threads) {
+inline void run_block(unsigned threads, unsigned shared) {
   all.resize(threads), slots.assign(threads, 0), warps.assign((threads + 31) / 32, Barrier()), block = Barrier();
   std::memset(memory, 0xAB, sizeof(memory));  // nothing may count on what was there
   for (auto& fiber : all) {
@@ -129,7 +158,9 @@ inline void run_block(unsigned threads) {
   for (unsigned left = threads; left > 0;) {
     progress = false;
     left = 0;
-    for (current = 0; current < threads; current++) {
+    unsigned first = drawn(), stride = drawn() | 1;  // odd: all threads have a turn, whose number is a power of two
+    for (unsigned turn = 0; turn < threads; turn++) {
+      current = (first + turn * stride) % threads;
       if (all[current].done) continue;
       left++;
       threadIdx.x = current;
@@ -140,6 +171,11 @@ inline void run_block(unsigned threads) {
       std::abort();
     }
   }
+  for (std::size_t i = shared; i < sizeof(memory); i++)
+    if (reinterpret_cast<unsigned char*>(memory)[i] != 0xAB) {
+      std::fprintf(stderr, "shared memory is written behind its %u bytes\n", shared);
+      std::abort();
+    }
 }
 }  // namespace fibers
 
@@ -148,7 +184,7 @@ void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*static_cast<A*>(arguments[I])...);
 }
 template <class... A>
-void launch(void (*kernel)(A...), unsigned x, unsigned y, unsigned threads, void** arguments) {
+void launch(void (*kernel)(A...), unsigned x, unsigned y, unsigned threads, unsigned shared, void** arguments) {
   static void (*called)(A...);
   called = kernel;
   fibers::task = arguments;
@@ -157,10 +193,10 @@ void launch(void (*kernel)(A...), unsigned x, unsigned y, unsigned threads, void
   for (unsigned row = 0; row < y; row++)
     for (unsigned column = 0; column < x; column++) {
       blockIdx = {column, row};
-      fibers::run_block(threads);
+      fibers::run_block(threads, shared);
     }
 }
-#define EXPORT(name)                                                                                     \
-  extern "C" void run_##name(unsigned x, unsigned y, unsigned threads, void** arguments) {               \
-    launch(name, x, y, threads, arguments);                                                              \
+#define EXPORT(name)                                                                                        \
+  extern "C" void run_##name(unsigned x, unsigned y, unsigned threads, unsigned shared, void** arguments) { \
+    launch(name, x, y, threads, shared, arguments);                                                         \
   }

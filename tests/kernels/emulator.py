@@ -62,7 +62,7 @@ class Function:
                 assert isinstance(argument, np.generic), f"{argument!r} has no size in C"
                 values.append(np.asarray(argument))
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        self._run(ctypes.c_uint(grid[0]), ctypes.c_uint(grid[1]), ctypes.c_uint(block[0]), addresses)
+        self._run(*map(ctypes.c_uint, (*grid, *block, shared_mem)), addresses)
 
 
 class Module:

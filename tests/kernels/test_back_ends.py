@@ -21,8 +21,9 @@ property_test = settings(max_examples=60, suppress_health_check=[HealthCheck.fun
 
 seeds = st.integers(0, 10**6)
 chunk_numbers = st.one_of(st.integers(0, 12), st.integers(13, 300))
-# 63 to 97: below, at and past the width of the vector instructions, with and without a rest.
-dimensions = st.sampled_from([1, 3, 8, 63, 64, 65, 97])
+# 63 to 97: below, at and past the width of the vector instructions, with and without a rest; a lane of a GPU reads 528
+# components in more than one go.
+dimensions = st.sampled_from([1, 3, 8, 63, 64, 65, 97, 144, 528])
 kept_shares = st.sampled_from([None, 0.0, 0.1, 0.7, 1.0])
 
 

@@ -17,18 +17,19 @@ from treemem.errors import InputError, ModelError
 from treemem.kernels import Found, back_end, gpu, reference
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
 def test_nvcc_compiles_the_kernels(architecture: str, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     out = tmp_path / "walk.ptx"
-    command = ["nvcc", "--ptx", f"-arch={architecture}", "-Werror", "all-warnings", "-o", str(out), str(gpu.SOURCE)]
+    options = ["--ptx", "-std=c++14", f"-arch={architecture}", "-Werror", "all-warnings"]
+    command = ["nvcc", *options, "-o", str(out), str(gpu.SOURCE)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     text = out.read_text("utf-8")
     assert all(f".entry {name}(" in text for name in ("walk", "scan", "score", "quantise"))
     assert "dp4a" in text
-    assert "ld.global.v4.u32" in text or "ld.v4.u32" in text or "ld.global.nc.v4.u32" in text
+    assert "ld.global.nc.v4" in text
 
 
 def test_a_machine_without_one_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def part(words: Words, b: int) -> Words:
 @given(
     seed=st.integers(0, 10**6),
     chunks=st.one_of(st.integers(0, 12), st.integers(13, 300)),
-    dimension=st.sampled_from([1, 8, 63, 65, 130]),
+    dimension=st.sampled_from([1, 8, 63, 65, 130, 384, 1040]),
     fanout=st.one_of(st.integers(2, 9), st.integers(30, 70)),
     spill=st.integers(1, 3),
     twins=st.sampled_from([0.0, 0.5, 1.0]),
