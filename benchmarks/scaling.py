@@ -29,6 +29,8 @@ from treemem.storage.lexical import Lexical, build_lexical
 from treemem.storage.signatures import read_signatures, write_signatures
 
 BEAM, K = 32, 10
+WIDER = (64, 128)
+"""Beams that are measured besides."""
 BM25_BEST = 256
 QUESTIONS = 1000
 JUDGED = 200  # questions that are compared with exact search
@@ -185,6 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--words", type=float, default=1e6, help="largest size that is also searched with words")
     parser.add_argument("--scratch", type=Path, default=Path("scaling"))
+    parser.add_argument("--grown", action="store_true", help="take the tree of a size that an earlier run has left")
     options = parser.parse_args()
     options.scratch.mkdir(exist_ok=True)
     os.environ[cpu.THREADS] = "1"
@@ -201,16 +204,25 @@ def main() -> None:
     sizes: dict[str, Any] = json.loads(path.read_text())["sizes"] if path.exists() else {}
     for count in map(int, options.sizes):
         folder = options.scratch / str(count)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        before = sizes.get(str(count), {}) if options.grown else {}
+        if not before:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         vectors, sources = made(mixture, count, folder, options.seed)
-        begin = time.perf_counter()
-        levels = grow(vectors, 32, 2, options.seed)
-        grown = time.perf_counter() - begin
-        print(f"{count}: grown in {grown:.0f} s", flush=True)
+        if not before:
+            begin = time.perf_counter()
+            levels = grow(vectors, 32, 2, options.seed)
+            grown = round(time.perf_counter() - begin, 1)
+            write_tree(folder, vectors, levels)
+            before = {
+                "levels": [*(len(level.vectors) for level in levels[::-1]), count],
+                "grow_seconds": grown,
+                "peak_gb_so_far": peak_gb(),
+            }
+            print(f"{count}: grown in {grown:.0f} s", flush=True)
+            del levels
         query_map = Spread.of(vectors).map_queries()
-        write_tree(folder, vectors, levels)
-        tree = read_tree(folder, tuple([*(len(level.vectors) for level in levels[::-1]), count]))
+        tree = read_tree(folder, tuple(before["levels"]))
         touched(*tree.levels)
         rng = np.random.default_rng(options.seed)
         answering = np.flatnonzero(np.isin(sources, list(texts)))
@@ -218,26 +230,29 @@ def main() -> None:
         queries = mixture.asked(vectors[chosen], options.seed)
         asked = np.stack([*[unit(queries @ query_map)] * (tree.depth - 1), queries]).astype(np.float32)
 
-        def walk(
-            number: int, tree: ServingTree = tree, queries: np.ndarray = queries, to: np.ndarray = query_map
-        ) -> None:
-            own = queries[number, None]
-            at_nodes = unit(own @ to)
-            cpu.search(tree, np.stack([*[at_nodes] * (tree.depth - 1), own])[:, :, None], BEAM, K)
+        def walker(
+            beam: int, tree: ServingTree = tree, queries: np.ndarray = queries, to: np.ndarray = query_map
+        ) -> Callable[[int], None]:
+            def walk(number: int) -> None:
+                own = queries[number, None]
+                at_nodes = unit(own @ to)
+                cpu.search(tree, np.stack([*[at_nodes] * (tree.depth - 1), own])[:, :, None], beam, K)
 
-        seconds = times([walk], len(queries))[0]
-        found = cpu.search(tree, asked[:, :, None], BEAM, K)
+            return walk
+
         exact = cpu.exact(tree, queries[:JUDGED, None], K)[0]
-        agreement = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found.chunks, exact, strict=False)])
-        own: dict[str, Any] = {
-            "levels": list(tree.sizes),
-            "grow_seconds": round(grown, 1),
-            "peak_gb_so_far": peak_gb(),
-            "scored": round(float(found.scored.mean()), 1),
-            "agreement@10": round(float(agreement), 4),
-            "questions": len(queries),
-            **percentiles(seconds),
-        }
+        beams = {}
+        for beam in (BEAM, *WIDER):
+            seconds = times([walker(beam)], len(queries))[0]
+            found = cpu.search(tree, asked[:, :, None], beam, K)
+            agreement = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found.chunks, exact, strict=False)])
+            beams[beam] = {
+                "scored": round(float(found.scored.mean()), 1),
+                "agreement@10": round(float(agreement), 4),
+                **percentiles(seconds),
+            }
+        own: dict[str, Any] = {**before, "questions": len(queries), **beams.pop(BEAM)}
+        own["wider beams"] = {str(beam): figures for beam, figures in beams.items()}
         if count <= options.words:
             given = [texts[int(sources[chunk])] for chunk in chosen]
             own["words"] = with_words(options, memory.image, folder, tree, sources, asked, given, chosen)

@@ -264,9 +264,8 @@ def search(
     k = min(k, chunks)
     twice = (refined(beam), refined(max(k, beam if beside else 1)))
     pieces, capacity = -(-dimension // 64), placed.capacity(beam)
-    near = min(
-        2 * beside * min(beam, capacity), chunks + THREADS
-    )  # each thread may end with a place that it did not use
+    # Neighbours, each once, and places that threads have taken and not used.
+    near = min(2 * beside * min(beam, capacity), chunks + THREADS)
     room = capacity + near
     keys = _power_of_two(max(min(twice[0], capacity), min(twice[1], capacity) + near))
     slots = _power_of_two(room + room // 4 + 1)

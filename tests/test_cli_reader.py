@@ -124,6 +124,24 @@ def test_trained_judged_and_asked_with(
     torch.set_num_threads(before)
 
 
+def test_a_reader_of_text_alone(
+    run: Run, trained: tuple[Path, list[object]], memory: Path, llm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "text.reader"
+    command = [folder if part == trained[0] else part for part in trained[1]]
+    done = run(*command, "--text-only", "--json")
+    assert done.code == 0, done.err
+    gates = one_document(done.out)["gates"]
+    assert set(gates["conditions"]) == {"unadapted", "no context", "text", "gold"}
+    assert gates["best"] == "text"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "README.md", "text"}
+    asked = ["ask", memory, QUESTION, "--llm", llm, "--threshold", "0", "--json", "--reader"]
+    done = run(*asked, folder)
+    assert done.code == 0, done.err
+    assert one_document(done.out)["found"]
+    assert "it has learned to read text alone" in run(*asked, f"vectors@{folder}").error
+
+
 def test_examples_alone(run: Run, memory: Path, dataset: Path, tmp_path: Path) -> None:
     done = run("train-reader", memory, "--dataset", dataset, "--save-examples", tmp_path / "examples")
     assert done.code == 0, done.err

@@ -91,7 +91,7 @@ class ReaderTraining:
     steps: int | None = None
     """In place of the minutes: so many steps in each stage; for runs that can be repeated exactly."""
     shares: tuple[float, float, float] = (0.25, 0.4, 0.35)
-    """Of the time, for `text`, `reading` and `answering`."""
+    """Of the time, for `text`, `reading` and `answering`; a stage without a share is left out."""
     batch_tokens: int = 0
     """Most tokens in a batch, padding included; 0 for what suits the device (`CPU_TOKENS`, `GPU_TOKENS`)."""
     batch: int = 512
@@ -113,6 +113,10 @@ class ReaderTraining:
     def __post_init__(self) -> None:
         if self.minutes <= 0 or (self.steps is not None and self.steps < 1):
             raise InputError(f"minutes = {self.minutes}, steps = {self.steps}: they must be above 0")
+        if min(self.shares) < 0 or sum(self.shares) == 0 or (self.shares[1] == 0) != (self.shares[2] == 0):
+            raise InputError(
+                f"shares = {self.shares}: none below 0, not all 0, and reading and answering only with each other"
+            )
 
 
 @dataclass
@@ -528,6 +532,8 @@ class ReaderTrainer:
             InputError: a setting cannot be used, or the reader to start from is for another encoder or language model.
         """
         self._options = accelerator(device)
+        if self._options["accelerator"] == "cpu" and model.model.dtype == torch.bfloat16:
+            self._options["precision"] = "bf16-mixed"  # as the model was loaded, where the processor computes in it
         self.config = config or ReaderTraining()
         if not self.config.batch_tokens:
             tokens = GPU_TOKENS if self._options["accelerator"] == "gpu" else CPU_TOKENS
@@ -538,11 +544,14 @@ class ReaderTrainer:
         self.progress = progress
         width = model.model.get_input_embeddings().weight.shape[1]
         made = ReaderConfig(encoder.info, model_id(model), model.name, width, **(shape or {}))
+        if not self._by_vectors:
+            made = replace(made, reads=("text",))
         self._begun: tuple[How, ...] = ()
         self._start = None if start is None else _digest(start)
         if start is not None:
             start.check(encoder.info, model)
             made = replace(made, rank=start.config.rank, hidden=start.config.hidden, levels=start.config.levels)
+            made = replace(made, reads=start.config.reads if "vectors" in start.config.reads else made.reads)
             self._begun = start.config.reads
         torch.manual_seed(self.config.seed)
         self.reader = Reader(made, embedding_scale(model.model))
@@ -566,18 +575,22 @@ class ReaderTrainer:
             KeyboardInterrupt: it was interrupted; the next run goes on.
         """
         done = self._resume()
-        for own in self.sets:
+        for own in self.sets if self._by_vectors else ():
             if own.windows is None:
                 own.read(self.encoder, self.progress)
         self.data = ReaderData(self.model, self.sets, self.config, self.reader.config)
-        if not self.data.questions and not self.data.chunks:
-            raise InputError("there is nothing to train a reader on: no questions with answers and no texts")
-        if not {"reading", "answering"} & set(done) and "vectors" not in self._begun:
+        if not self.data.questions and not (self._by_vectors and self.data.chunks):
+            raise InputError(
+                "there is nothing to train a reader on: no questions with answers, and no texts to be read as vectors"
+            )
+        if self._by_vectors and not {"reading", "answering"} & set(done) and "vectors" not in self._begun:
             self.progress("fitting the maps", 0, None)
             self.fitted = fit_maps(self.reader, self.model, self.sets)
         with quiet():
             for number, stage in enumerate(STAGES):
-                if stage in done or not (self.data.chunks if stage == "reading" else self.data.questions):
+                if stage in done or not self.config.shares[number]:
+                    continue
+                if not (self.data.chunks if stage == "reading" else self.data.questions):
                     continue
                 if stage == "answering" and self.config.distil and "text" in done:
                     self._teach()
@@ -587,7 +600,7 @@ class ReaderTrainer:
                 done.append(stage)
                 self._save(done)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        self.reader.adapters = {name: self.folder / name for name in ADAPTERS}
+        self.reader.adapters = {name: self.folder / name for name in self._adapters}
         self.reader.eval()
         return self.reader
 
@@ -624,7 +637,7 @@ class ReaderTrainer:
         from peft.helpers import disable_input_dtype_casting
 
         # Mixed precision casts what it needs; peft would cast everything to float32 first.
-        with disable_input_dtype_casting(self.peft_model, active=self._options["accelerator"] == "gpu"):
+        with disable_input_dtype_casting(self.peft_model, active=self._mixed):
             fit(trainer, module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
         self.steps[stage] = trainer.global_step
 
@@ -644,7 +657,7 @@ class ReaderTrainer:
             )
             rows = order[start : start + count]
             batch = collate([drawn[i] for i in rows], self.config.teacher).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._mixed):
                 logs = module.logits(batch).log_softmax(-1)
             best = logs.topk(min(self.config.teacher, logs.shape[1]), dim=1)
             ends = np.cumsum([len(drawn[i].target) for i in rows])[:-1]
@@ -655,10 +668,25 @@ class ReaderTrainer:
             start += len(rows)
             self.progress("what the teacher thinks", start, len(order))
 
+    @property
+    def _by_vectors(self) -> bool:
+        """Whether this run teaches to read vectors."""
+        return any(self.config.shares[1:])
+
+    @property
+    def _adapters(self) -> tuple[str, ...]:
+        """Those that the reader has in the end."""
+        return ADAPTERS if "vectors" in self.reader.config.reads else ADAPTERS[:1]
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether products are computed in bfloat16."""
+        return self._options.get("precision") == "bf16-mixed"
+
     # ---- files
 
     def _save(self, done: Sequence[str]) -> None:
-        for name in ADAPTERS:
+        for name in self._adapters:
             self.peft_model.save_pretrained(str(self.folder / "saving"), selected_adapters=[name])
             shutil.rmtree(self.folder / name, ignore_errors=True)
             _halved(self.folder / "saving" / name / "adapter_model.safetensors")
@@ -708,12 +736,13 @@ class ReaderTrainer:
         from safetensors.torch import load_file
 
         try:
-            for name in ADAPTERS:
+            for name in self._adapters:
                 self._set_adapter(name, self.folder / name)
-            saved = load_file(self.folder / PROJECTION_FILE)
+            saved = load_file(self.folder / PROJECTION_FILE) if "vectors" in self._adapters else {}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.folder}: the interrupted run there is damaged ({error}); remove it") from error
-        self.reader.projection.load_state_dict({key: value.float() for key, value in saved.items()})
+        if saved:
+            self.reader.projection.load_state_dict({key: value.float() for key, value in saved.items()})
         return list(state["done"])
 
     def _set_adapter(self, name: str, folder: Path) -> None:

@@ -50,6 +50,9 @@ def train_reader(
         str, typer.Option(metavar="READER", help="Go on with this reader: default (where it fits), a folder, or none.")
     ] = "default",
     minutes: Annotated[float, typer.Option(min=0.1, help="Train so long.")] = 25,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Teach it to answer from passages alone: what pays without a GPU.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     judges: Annotated[int, typer.Option(min=1, help="At most so many held-out questions.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -72,6 +75,8 @@ def train_reader(
     begun = None if start == NO_READER else load_reader(start)
     accelerator(device)
     config = ReaderTraining(minutes=minutes, seed=seed)
+    if text_only:
+        config = replace(config, shares=(1.0, 0.0, 0.0))
     if split is not None and (save_examples is None or dataset is None):
         raise InputError("--split: it says which questions are gathered; add --dataset and --save-examples")
     with progress_of(as_json) as progress:

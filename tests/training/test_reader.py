@@ -391,6 +391,79 @@ def test_without_anything_there_is_nothing_to_learn(tmp_path: Path, encoder: Enc
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match="minutes"):
         ReaderTraining(minutes=0)
+    for shares in ((0, 0, 0), (1, -1, 0), (1, 0.5, 0)):
+        with pytest.raises(InputError, match="shares"):
+            ReaderTraining(shares=shares)
+
+
+TEXT_ONLY = {"shares": (1.0, 0.0, 0.0)}
+
+
+def test_text_alone_is_learned_and_saved_alone(tmp_path: Path, encoder: Encoder, memory: Memory) -> None:
+    unread = gather_examples(memory, questions())
+    trainer = ReaderTrainer(fresh(), encoder, [unread], tmp_path / "own", config=quick(**TEXT_ONLY), device="cpu")
+    trainer.fit()
+    assert set(trainer.steps) == {"text"}
+    assert unread.windows is None  # no vector was made
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {"config.json", "README.md", "text"}
+    made = load_reader(tmp_path / "own")
+    assert made is not None
+    assert (made.config.reads, set(made.adapters)) == (("text",), {"text"})
+    # Going on with a reader of vectors leaves what it knows of them as it was.
+    unread.read(encoder)
+    ReaderTrainer(fresh(), encoder, [unread], tmp_path / "all", config=quick(), device="cpu").fit()
+    before = weights_of(tmp_path / "all")
+    start = load_reader(tmp_path / "all")
+    options: dict[str, Any] = {"config": quick(**TEXT_ONLY), "device": "cpu", "start": start}
+    going_on = ReaderTrainer(fresh(), encoder, [unread], tmp_path / "more", **options).fit()
+    after = weights_of(tmp_path / "more")
+    assert going_on.config.reads == ("text", "vectors", "both")
+    assert {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])} == {"text"}
+
+
+def test_text_alone_that_was_interrupted_goes_on(tmp_path: Path, encoder: Encoder, examples: Examples) -> None:
+    config = quick(**TEXT_ONLY, steps=4)
+
+    def trainer(progress: Any = no_progress) -> ReaderTrainer:
+        return ReaderTrainer(fresh(), encoder, [examples], tmp_path, config=config, device="cpu", progress=progress)
+
+    def stop(stage: str, done: float, total: float | None) -> None:
+        if done >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(stop).fit()
+    seen: list[float] = []
+    going_on = trainer(lambda stage, done, total: seen.append(done))
+    going_on.fit()
+    assert seen[0] > 2  # not from the beginning
+    (tmp_path / "checkpoints").mkdir()
+    going_on._note(["text"])  # as if it had been interrupted while it cleared up
+    again = trainer()
+    again.fit()
+    assert again.steps == {}
+
+
+def test_text_alone_needs_questions(tmp_path: Path, encoder: Encoder) -> None:
+    prose = text_examples([Document("a", "The mill stood still in 1874. " * 9)], encoder, limit=32)
+    trainer = ReaderTrainer(fresh(), encoder, [prose], tmp_path, config=quick(**TEXT_ONLY), device="cpu")
+    with pytest.raises(InputError, match="nothing to train a reader on"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_computed_as_the_model_was_loaded(
+    tmp_path: Path, encoder: Encoder, examples: Examples, dtype: torch.dtype
+) -> None:
+    model = fresh()
+    model.model.to(dtype)
+    trainer = ReaderTrainer(model, encoder, [examples], tmp_path, config=quick(steps=2), device="cpu")
+    seen = set()
+    layer = next(m for name, m in trainer.peft_model.named_modules() if name.endswith("q_proj.lora_A.text"))
+    layer.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    trainer.fit()
+    assert seen == {dtype}
+    assert {v.dtype for k, v in trainer.peft_model.named_parameters() if "lora_" in k} == {torch.float32}
 
 
 # ---- gates
