@@ -187,7 +187,11 @@ def main() -> None:
     )
     parser.add_argument("--words", type=float, default=1e6, help="largest size that is also searched with words")
     parser.add_argument("--scratch", type=Path, default=Path("scaling"))
-    parser.add_argument("--grown", action="store_true", help="take the tree of a size that an earlier run has left")
+    parser.add_argument(
+        "--grown",
+        action="store_true",
+        help="measure the tree that an earlier run has left in --scratch, where it is there",
+    )
     options = parser.parse_args()
     options.scratch.mkdir(exist_ok=True)
     os.environ[cpu.THREADS] = "1"
@@ -204,7 +208,7 @@ def main() -> None:
     sizes: dict[str, Any] = json.loads(path.read_text())["sizes"] if path.exists() else {}
     for count in map(int, options.sizes):
         folder = options.scratch / str(count)
-        before = sizes.get(str(count), {}) if options.grown else {}
+        before = sizes.get(str(count), {}) if options.grown and folder.exists() else {}
         if not before:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

@@ -51,7 +51,7 @@ def train_reader(
     ] = "default",
     minutes: Annotated[float, typer.Option(min=0.1, help="Train so long.")] = 25,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Teach it to answer from passages alone: what pays without a GPU.")
+        bool, typer.Option("--text-only", help="Teach it to answer from passages alone; vectors take a GPU.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     judges: Annotated[int, typer.Option(min=1, help="At most so many held-out questions.")] = 200,
