@@ -1,12 +1,15 @@
 """Time to the first token of a reply to ten passages as text, as vectors, and as both; one question after the other.
 
+Vectors of the chunks' windows are encoded when asked, or kept in the store (`treemem build --store-reader-vectors`).
 The reader is untrained: what it says means nothing, and takes as long.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,6 @@ from treemem.evaluation import load_set
 from treemem.hierarchy.context import PassageText, gather_vectors
 from treemem.hierarchy.generate import LocalModel, load_language_model
 from treemem.hierarchy.reader import (
-    HOW,
     How,
     Reader,
     ReaderConfig,
@@ -30,6 +32,8 @@ from treemem.hierarchy.reader import (
 from treemem.types import SearchResult
 
 PASSAGES = 10
+WAYS: tuple[tuple[How, bool], ...] = (("text", False), ("vectors", False), ("vectors", True), ("both", True))
+"""How the reader reads, and whether from windows that are kept."""
 
 
 def untrained(memory: Memory, model: LocalModel) -> ReadingModel:
@@ -39,13 +43,15 @@ def untrained(memory: Memory, model: LocalModel) -> ReadingModel:
     return ReadingModel(model, Reader(config, embedding_scale(model.model)).eval())
 
 
-def first_token(memory: Memory, reading: ReadingModel, found: SearchResult, how: How) -> dict[str, float]:
+def first_token(memory: Memory, reading: ReadingModel, found: SearchResult, how: How, kept: bool) -> dict[str, float]:
     """Milliseconds from the search's end to the first piece of the reply, and tokens of the prompt."""
     own = reading.reader.config
+    stored = memory.stored_reader_vectors if kept else None
     begin = time.perf_counter()
     given = None
     if how != "text":
-        given = gather_vectors(memory.image, memory.encoder, found.gathered, found.hits, (own.nodes, own.chunks, 0))
+        shape = (own.nodes, own.chunks, 0)
+        given = gather_vectors(memory.image, memory.encoder, found.gathered, found.hits, shape, stored)
     gathered = time.perf_counter() - begin
     texts = [PassageText(hit.document.title, hit.text) for hit in found.hits] if how != "vectors" else []
     prompt = reader_prompt(reading.model, found.query, texts, 0 if given is None else len(given))
@@ -62,29 +68,36 @@ def main() -> None:
     parser.add_argument("--set", default="locomo")
     parser.add_argument("--most", type=int, default=25, help="questions")
     options = parser.parse_args()
-    memory = Memory.open(options.memories / options.set)
     model = load_language_model("smollm2")
     assert isinstance(model, LocalModel)
-    reading = untrained(memory, model)
     queries = load_set(options.data / options.set).sample(options.most + 1, options.seed).queries
-    rows: dict[How, list[dict[str, float]]] = {how: [] for how in HOW}
-    for number, query in enumerate(queries):
-        found = memory.search_many([query.text], SearchConfig("hybrid", k=PASSAGES))[0]
-        for how, own in rows.items():
-            measured = first_token(memory, reading, found, how)
-            if number:  # the first pays for what is made once
-                own.append(measured)
+    rows: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = options.data / options.set / "corpus.jsonl.zst"
+        memory = Memory.build(corpus, Path(scratch) / options.set, store_reader_vectors=True)
+        reading = untrained(memory, model)
+        for number, query in enumerate(queries):
+            found = memory.search_many([query.text], SearchConfig("hybrid", k=PASSAGES))[0]
+            for how, kept in WAYS:
+                measured = first_token(memory, reading, found, how, kept)
+                if number:  # the first pays for what is made once
+                    rows.setdefault(f"{how}, kept" if kept else how, []).append(measured)
     medians = {
         how: {key: round(float(np.median([row[key] for row in own])), 1) for key in own[0]} for how, own in rows.items()
     }
-    pairs = zip(rows["vectors"], rows["text"], strict=True)
-    ratio = float(np.median([a["first_token"] / b["first_token"] for a, b in pairs]))
+    ratios = {
+        f"{how} / text": round(
+            float(np.median([a["first_token"] / b["first_token"] for a, b in zip(own, rows["text"], strict=True)])), 3
+        )
+        for how, own in rows.items()
+        if how != "text"
+    }
     out: dict[str, Any] = {
         "unit": "ms, medians",
         "passages": PASSAGES,
         "questions": len(rows["text"]),
         **medians,
-        "vectors / text, median of pairs": round(ratio, 3),
+        "median of pairs": ratios,
         "reader": {key: value for key, value in asdict(reading.reader.config).items() if isinstance(value, int)},
     }
     print(out)

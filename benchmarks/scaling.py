@@ -104,6 +104,7 @@ def with_words(options: Any, image: Image, folder: Path, tree: ServingTree, sour
 
     `right`: the chunk that each question was drawn around; others with the words of the same real chunk count as well.
     """
+    shutil.rmtree(folder / "bm25", ignore_errors=True)  # of an earlier run
     words = build_lexical(folder, (image.chunk_text(int(source)) for source in sources), len(sources), "en")
     lexical = Lexical(folder, "en", len(sources), words)
     begin = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -126,7 +126,20 @@ def grow(
         seats = _seats(rows, centres, cells, fanout, copies, partial(progress, f"seating level {level}"))
         levels.append(_level(seats, below, (residuals or {}).get(level)))
         below = levels[-1].vectors
-    return levels
+    return _in_order(levels)
+
+
+def _in_order(levels: list[Level]) -> list[Level]:
+    """The same tree with its nodes numbered parent by parent: siblings lie side by side in a file, cousins not far."""
+    out = levels[-1:]
+    for level in levels[-2::-1]:
+        order = out[0].children  # each node has one parent
+        counts = np.diff(level.offsets)[order]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        places = np.repeat(level.offsets[order] - offsets[:-1], counts) + np.arange(offsets[-1])
+        out[0] = replace(out[0], children=np.arange(len(order), dtype=np.int32))
+        out.insert(0, replace(level, offsets=offsets, children=level.children[places], vectors=level.vectors[order]))
+    return out
 
 
 def seats_of_an_element(fanout: int, spill: int) -> int:

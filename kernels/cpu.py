@@ -54,6 +54,7 @@ THREADS = "TREEMEM_THREADS"
 _AHEAD = 24  # rows asked for before they are scored
 _MANY = 64  # walks after which a process is taken to go on walking
 _POPULATE = 22  # MADV_POPULATE_READ, since Linux 5.14; refused before
+_GAP = 16 << 10  # bytes between two places of a file below which both are read as one
 _LINE = 64  # bytes that memory hands out at once
 _SOME = 64  # rows that are scored for all embeddings of a query while they are in the innermost cache
 _BLOCK = 512  # rows that exact search compares with every query while they are in the cache
@@ -419,8 +420,22 @@ def _copying(_: Any, to: Any, source: Any, size: Any) -> Any:
 _prefetch: Any = intrinsic(_prefetching)
 _copy: Any = intrinsic(_copying)
 _advise: Any = intrinsic(_advising)
+
 _uint16_at, _int64_at, _float32_at = _pointer(types.uint16), _pointer(types.int64), _pointer(types.float32)
 _int16_at = _pointer(types.int16)
+
+
+@_compiled
+def _advise_spans(address: int, width: int, begins: _Ints, ends: _Ints) -> None:
+    """Ask the system to read rows `begins[i]` to `ends[i]` of an array, rising.
+
+    What lies close together is asked for as one: a disk takes as long for one page as for a few.
+    """
+    first = 0
+    for i in range(1, len(begins) + 1):
+        if i == len(begins) or (begins[i] - ends[i - 1]) * width > _GAP:
+            _advise(address + begins[first] * width, (ends[i - 1] - begins[first]) * width)
+            first = i
 
 
 def _byte_products() -> bool:
@@ -919,11 +934,16 @@ def _meet(
         total += offsets[parent + 1] - offsets[parent]
     coarse = total > most
     if line[_PAGED] and coarse:
-        for parent in frontier:
-            first, below = offsets[parent], offsets[parent + 1] - offsets[parent]
-            _advise(line[_UPPER] + first * width, below * width)
-            _advise(line[_UPPER_SCALES] + 4 * first, 4 * below)
-            _advise(line[_IDS] + 4 * first, 4 * below)
+        ends = keys[: len(frontier)]
+        begins = places[: len(ends)]
+        for f in range(len(ends)):
+            ends[f] = frontier[f]
+        ends.sort()
+        for f in range(len(ends)):
+            begins[f], ends[f] = offsets[ends[f]], offsets[ends[f] + 1]
+        _advise_spans(line[_UPPER], width, begins, ends)
+        _advise_spans(line[_UPPER_SCALES], 4, begins, ends)
+        _advise_spans(line[_IDS], 4, begins, ends)
     if coarse:
         _prefetch_block(line, frontier[0], width)
     for m in range(embeddings if coarse else 1):
@@ -1260,8 +1280,13 @@ def _search_slice(
             _ask(queries[level, b], q16, asked, q_scales, shifts)
             for i in range(count):
                 rows[i] = ids[i]
-                if line[_PAGED]:
-                    _advise(line[_ROWS] + rows[i] * dimension, dimension)
+            if line[_PAGED]:
+                begins, ends = places[:count], keys[:count]
+                begins[:] = rows[:count]
+                begins.sort()
+                ends[:] = begins
+                ends += 1
+                _advise_spans(line[_ROWS], dimension, begins, ends)
             _score_rows(line, rows[:count], dimension, asked, q_scales, shifts, dots, cosines)
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])

@@ -90,7 +90,7 @@ def upper_halves(rows: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 def refined(kept: int) -> int:
     """How many rows are looked at twice where so many are kept."""
-    return kept + max(kept // 2, 32)
+    return kept + max(kept // 2, 16)
 
 
 def search(

@@ -115,6 +115,12 @@ def test_trained_judged_and_asked_with(
     assert any(line[:3] == ["L1", "L0", "[1]"] for line in lines), done.out
     assert lines[-1][0] == "mean"
     assert 98 < sum(map(float, lines[-1][1:])) < 102
+    done = run(*asked, "--each")
+    lines = [line.strip().rsplit(maxsplit=1) for line in done.out.splitlines()]
+    means = {line[0].split("  ")[0]: float(line[1]) for line in lines if line and line[-1][0].isdigit()}
+    vectors = [name for name in means if name.startswith("L")]
+    assert len(vectors) == sum(source["kind"] == "vectors" for source in value["attribution"]["sources"]), done.out
+    assert 98 < sum(means.values()) < 102
 
     options = ["--memory", memory, "--split", "dev", "--answers", "--llm", llm, "--max-queries", "2", "--modes", "walk"]
     done = run("eval", dataset, *options, "--readers", "--reader", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -154,6 +155,9 @@ def attribute(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Gradient times input too: a pass backward for each token.")
     ] = False,
+    each: Annotated[
+        bool, typer.Option("--each", help="A line for every vector, not a column for every level.")
+    ] = False,
     mode: ModeOption = "deep",
     at: At = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest reply, in tokens.")] = None,
@@ -187,13 +191,39 @@ def attribute(
     if answer.extractive:
         out.print(f"The language model wrote: {shown(found.reply)}", soft_wrap=True)
     for title, by_gradients in (("attention", False), *([("gradient x input", True)] if gradients else [])):
-        groups = found.grouped(gradients=by_gradients)
-        table = Table(title=f"{title}, percent of each token", title_justify="left", box=None)
-        table.add_column("")
-        for name in groups:
-            table.add_column(escape(name), justify="right")
-        for row, token in enumerate(found.tokens):
-            table.add_row(shown(token), *(f"{100 * own[row]:.0f}" for own in groups.values()))
-        table.add_section()
-        table.add_row("mean", *(f"{100 * sum(own) / len(own):.1f}" for own in groups.values()))
-        out.print(table)
+        groups = found.grouped(gradients=by_gradients, each=each)
+        title = f"{title}, percent of each token"
+        for table in _by_source(title, found.tokens, groups) if each else [_by_token(title, found.tokens, groups)]:
+            out.print(table)
+
+
+def _by_token(title: str, tokens: Sequence[str], groups: Mapping[str, Sequence[float]]) -> Table:
+    """Shares: a line for each token."""
+    table = Table("", title=title, title_justify="left", box=None)
+    for name in groups:
+        table.add_column(escape(name), justify="right")
+    for row, token in enumerate(tokens):
+        table.add_row(shown(token), *(f"{100 * own[row]:.0f}" for own in groups.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{100 * sum(own) / len(own):.1f}" for own in groups.values()))
+    return table
+
+
+def _by_source(title: str, tokens: Sequence[str], groups: Mapping[str, Sequence[float]]) -> Iterator[Table]:
+    """Shares: a line for each source, as many tokens to a table as stand side by side."""
+    names = [shown(token) for token in tokens]
+    first, left = 0, out.width - max(map(len, groups))
+    while first < len(names):
+        width, last = left - 8, first  # the mean takes 8
+        while last < len(names) and (last == first or width >= max(3, len(names[last])) + 2):
+            width -= max(3, len(names[last])) + 2
+            last += 1
+        table = Table("", title=title, title_justify="left", box=None)
+        for name in names[first:last]:
+            table.add_column(name, justify="right")
+        table.add_column("mean", justify="right")
+        for name, own in groups.items():
+            shares = (f"{100 * share:.0f}" for share in own[first:last])
+            table.add_row(escape(name), *shares, f"{100 * sum(own) / len(own):.1f}")
+        yield table
+        first = last

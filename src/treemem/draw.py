@@ -76,13 +76,14 @@ def draw_walk(memory: Memory, result: SearchResult, axes: Axes | None = None) ->
     return axes
 
 
-def draw_attribution(answer: Answer, axes: Axes | None = None, *, gradients: bool = False) -> Axes:
+def draw_attribution(answer: Answer, axes: Axes | None = None, *, gradients: bool = False, each: bool = False) -> Axes:
     """Draw where a model looked while it wrote: tokens of the reply from left to right, what it was given downwards.
 
     Args:
         answer: of `Memory.ask` with `attribute`.
         axes: where to draw; a new figure if none are given.
         gradients: gradient times input in place of attention.
+        each: a line for every vector, not for every level.
 
     Raises:
         InputError: the answer has no attribution, or none by gradients.
@@ -91,12 +92,14 @@ def draw_attribution(answer: Answer, axes: Axes | None = None, *, gradients: boo
     found = answer.attribution
     if found is None or (gradients and found.gradients is None):
         raise InputError('this answer has nothing of that kind to draw; ask with attribute="gradients" or "attention"')
-    groups = {name: own for name, own in found.grouped(gradients=gradients).items() if name != "rest"}
+    groups = {name: own for name, own in found.grouped(gradients=gradients, each=each).items() if name != "rest"}
     shares = np.array(list(groups.values())).reshape(len(groups), len(found.tokens))
     if axes is None:
-        axes = _pyplot().subplots(figsize=(2 + 0.45 * max(4, len(found.tokens)), 1 + 0.32 * len(groups)))[1]
+        axes = _pyplot().subplots(
+            figsize=(2 + 0.45 * max(4, len(found.tokens)), 1 + (0.16 if each else 0.32) * len(groups))
+        )[1]
     image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=7 if each else None)
     tokens = [token.strip() or repr(token) for token in found.tokens]
     axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right", parse_math=False)
     axes.figure.colorbar(image, ax=axes, label="share", fraction=0.03, pad=0.02)

@@ -168,9 +168,10 @@ class Source:
     """Of a passage, from 1."""
 
 
-def _group(source: Source) -> str:
+def _name(source: Source, each: bool) -> str:
     if source.kind == "vectors":
-        return f"L{source.level}"
+        window = "" if source.level or source.place is None else f".{source.place}"
+        return f"L{source.level} {source.element}{window}" if each else f"L{source.level}"
     if source.kind == "passage":
         return f"[{source.number}]"
     return "question" if source.kind == "question" else "rest"
@@ -193,15 +194,19 @@ class Attribution:
     gradients: tuple[tuple[float, ...], ...] | None = None
     """[tokens, sources] Gradient times input: how far a token's logarithm of probability hangs on each source."""
 
-    def grouped(self, *, gradients: bool = False) -> dict[str, tuple[float, ...]]:
+    def grouped(self, *, gradients: bool = False, each: bool = False) -> dict[str, tuple[float, ...]]:
         """Shares of each token by groups of sources.
 
         They are `L3` and so on for the vectors of a level, `L0` for windows of chunks; `[1]` and so on for passages;
         `question`; `rest` for the template and the reply so far.
+
+        Args:
+            gradients: gradient times input in place of attention.
+            each: every vector for itself: `L3 17` for node 17 of level 3, `L0 842.5` for window 5 of chunk 842.
         """
         columns: dict[str, list[int]] = {}
         for column, source in enumerate(self.sources):
-            columns.setdefault(_group(source), []).append(column)
+            columns.setdefault(_name(source, each), []).append(column)
         last = ("question", "rest")
         columns = {name: columns[name] for name in (*(n for n in columns if n not in last), *last) if name in columns}
         rows = (self.gradients or ()) if gradients else self.attention

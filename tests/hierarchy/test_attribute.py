@@ -97,6 +97,11 @@ def test_sources_are_what_the_prompt_is_made_of() -> None:
     grouped = found.grouped()
     assert list(grouped) == ["L0", "L1", "L2", "[1]", "[2]", "question", "rest"]
     np.testing.assert_allclose(np.sum(list(grouped.values()), 0), 1.0, rtol=1e-5)
+    each = found.grouped(each=True)
+    assert list(each)[:3] == ["L0 0.0", "L1 1", "L2 2"]
+    assert len(each) == 6 + 2 + 2
+    np.testing.assert_allclose(each["L2 2"], [row[3] for row in found.attention])
+    np.testing.assert_allclose(np.add(each["L2 2"], each["L2 5"]), grouped["L2"], rtol=1e-6)
 
 
 def test_a_model_that_tells_nothing_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +208,9 @@ def test_attribution_is_drawn(asked: tuple[Memory, LocalModel, str], tmp_path: P
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [name for name in answer.attribution.grouped() if name != "rest"]
     assert len(axes.get_xticks()) == len(answer.attribution.tokens)
+    lines = draw_attribution(answer, gradients=True, each=True).get_yticklabels()
+    vectors = [source for source in answer.attribution.sources if source.kind == "vectors"]
+    assert sum(line.get_text().startswith("L") for line in lines) == len(vectors) > 0
     image = axes.get_images()[0].get_array()
     np.testing.assert_allclose(image[-1], answer.attribution.grouped(gradients=True)["question"])
     with pytest.raises(InputError, match="nothing of that kind to draw"):

@@ -39,6 +39,8 @@ def check(levels: list[Level], vectors: np.ndarray, fanout: int, spill: int) -> 
         for node in range(len(counts)):
             own = level.children[level.offsets[node] : level.offsets[node + 1]]
             assert (np.diff(own) > 0).all(), "children are not in order, or one stands twice under a node"
+        if number:
+            assert (np.diff(level.children) == 1).all(), "nodes are not numbered parent by parent"
         assert len(counts) <= max(2, round(SLACK * len(below) * copies / fanout))
         assert len(counts) * fanout >= len(below)
         expected = node_vectors(below, level.offsets, level.children)

@@ -156,6 +156,18 @@ def test_a_tree_larger_than_memory_is_walked_alike() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_what_lies_close_together_is_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(cpu, "_advise", lambda address, size: asked.append((int(address), int(size))))
+    far = cpu._GAP // 100
+    begins = np.array([3, 10, 10 + far, 12 + 2 * far, 12 + 2 * far, 20 + 9 * far])
+    ends = np.array([10, 10, 11 + far, 13 + 2 * far, 14 + 2 * far, 21 + 9 * far])
+    cpu._advise_spans.py_func(5000, 100, begins, ends)
+    # Row 11 + far to 12 + 2 * far are more than the gap apart.
+    spans = [(3, 11 + far), (12 + 2 * far, 14 + 2 * far), (20 + 9 * far, 21 + 9 * far)]
+    assert asked == [(5000 + 100 * begin, 100 * (end - begin)) for begin, end in spans]
+
+
 ELSEWHERE = """
 import numpy as np
 from tests.kernels.trees import random_tree

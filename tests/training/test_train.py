@@ -148,12 +148,13 @@ def hit_rate(memory: Memory, asked: list[Question]) -> float:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(memory: Memory, tmp_path: Path) -> None:
-    whole = HierarchyTrainer([corpus(memory, tmp_path / "s1")], start(), SHORT, tmp_path / "whole").fit()
+    brief = replace(SHORT, steps=6)
+    whole = HierarchyTrainer([corpus(memory, tmp_path / "s1")], start(), brief, tmp_path / "whole").fit()
 
     class Killed(Exception):
         pass
 
-    for kill_at in (20, 48, 60):  # within an epoch, behind a stage, within the next one
+    for kill_at in (8, 18, 21):  # within an epoch, behind a stage, within the next one
         seen = [0]
 
         def progress(
@@ -165,18 +166,18 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(memory: Memory, tmp_path
 
         folder = tmp_path / f"parts-{kill_at}"
         with pytest.raises(Killed):
-            HierarchyTrainer([corpus(memory, tmp_path / "s2")], start(), SHORT, folder, progress=progress).fit()
+            HierarchyTrainer([corpus(memory, tmp_path / "s2")], start(), brief, folder, progress=progress).fit()
         resumed_steps = [0]
 
         def count(stage: str, done: float, total: float | None, counted: list[int] = resumed_steps) -> None:
             counted[0] += stage.startswith("training levels")
 
-        resumed = HierarchyTrainer([corpus(memory, tmp_path / "s3")], start(), SHORT, folder, progress=count).fit()
+        resumed = HierarchyTrainer([corpus(memory, tmp_path / "s3")], start(), brief, folder, progress=count).fit()
         assert weights(resumed.hierarchy) == weights(whole.hierarchy), kill_at
         assert resumed.adopted == whole.adopted
         # Of what was done, at most the steps since the last whole epoch are done again.
-        whole_steps = sum(stage.epochs * SHORT.steps for stage in stages(4, None, SHORT))
-        assert whole_steps - resumed_steps[0] == (kill_at - 1) // SHORT.steps * SHORT.steps
+        whole_steps = sum(stage.epochs * brief.steps for stage in stages(4, None, brief))
+        assert whole_steps - resumed_steps[0] == (kill_at - 1) // brief.steps * brief.steps
 
 
 def test_the_same_seed_gives_the_same_weights(memory: Memory, tmp_path: Path) -> None:
