@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And threads that wait for each other sleep meanwhile: else tests on a busy machine take many times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Where tests run side by side each has one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jaxtyping
