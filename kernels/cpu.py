@@ -1281,12 +1281,12 @@ def _search_slice(
             for i in range(count):
                 rows[i] = ids[i]
             if line[_PAGED]:
-                begins, ends = places[:count], keys[:count]
-                begins[:] = rows[:count]
-                begins.sort()
-                ends[:] = begins
-                ends += 1
-                _advise_spans(line[_ROWS], dimension, begins, ends)
+                row_begins, row_ends = places[:count], keys[:count]
+                row_begins[:] = rows[:count]
+                row_begins.sort()
+                row_ends[:] = row_begins
+                row_ends += 1
+                _advise_spans(line[_ROWS], dimension, row_begins, row_ends)
             _score_rows(line, rows[:count], dimension, asked, q_scales, shifts, dots, cosines)
             for i in range(count):
                 keys[i] = _key(_combined(cosines[i], sums[i], best, weight), ids[i])

@@ -152,8 +152,12 @@ def test_a_tree_larger_than_memory_is_walked_alike() -> None:
     assert paged.paged_levels[-1]
     found = cpu.search(paged, queries, 40, 10)
     assert found.scored.min() > 200  # more than are looked at twice
-    for one, other in zip(found, cpu.search(tree, queries, 40, 10), strict=True):
-        np.testing.assert_array_equal(one, other)
+    with_neighbours: dict[str, Any] = {"beside": 2, "ends": np.arange(5, 2001, 5)}
+    for options in ({}, with_neighbours):
+        for one, other in zip(
+            cpu.search(paged, queries, 40, 10, **options), cpu.search(tree, queries, 40, 10, **options), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_what_lies_close_together_is_asked_for_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
